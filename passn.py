@@ -1,0 +1,662 @@
+"""pass@N, and a loss that trains for it: cross-entropy makes a model overconfident, overconfidence wastes tries,
+and one changed line in the loss mends it.
+
+A small, complete reimplementation of Chen, Raventós, Cheng, Ganguli and Druckmann, "Rethinking Fine-Tuning when
+Scaling Test-Time Compute: Limiting Confidence Improves Mathematical Reasoning" (arXiv 2502.07154). Read it from
+top to bottom, or run it:
+
+    python passn.py                          # train with both losses and draw what happens
+    python passn.py --loss limited --N 64    # one run
+"""
+
+import argparse
+import json
+import math
+import os
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+from tqdm import tqdm
+
+from toy_tasks import END, PAD, TASKS
+
+# ==========================================================================================================
+# 1. pass@N
+#
+# A model answers a problem by sampling. Let p be the probability that one sample is right. Give it N tries and
+# count the problem as solved if any of them is right: it fails only if all N fail.
+# ==========================================================================================================
+
+
+def pass_at_n(p, N):
+    """pass@N = 1 - (1 - p)^N of each problem, exactly, for success probabilities p (a number or any shape).
+
+    Returns float64 of the same shape. By way of log(1 - p), so that p = 1e-12 and N = 1,000,000 lose no digit."""
+    p = torch.as_tensor(p, dtype=torch.float64)
+    return -torch.expm1(N * torch.log1p(-p))
+
+
+def estimate_pass_at_n(num_samples, num_correct, N):
+    """Unbiased estimate of pass@N from n samples of which c were right, for when p itself cannot be had.
+
+    1 - C(n - c, N) / C(n, N): the share of all choices of N among the n samples that hold a right one, here as the
+    product 1 - Π_{j<c} (1 - N / (n - j)). (Putting c / n for p into the formula above would be biased.)
+    num_correct: a number or a tensor of any shape, from 0 to n. Raises ValueError where N > n.
+    Source: Chen et al. 2021, arXiv 2107.03374."""
+    if not 1 <= N <= num_samples:
+        raise ValueError(f"pass@{N} cannot be estimated from {num_samples} samples: draw at least N")
+    j = torch.arange(num_samples, dtype=torch.float64)
+    all_fail = torch.cumprod((1 - N / (num_samples - j)).clamp(min=0), dim=0)  # [c - 1]: C(n - c, N) / C(n, N)
+    all_fail = torch.cat([torch.ones(1, dtype=torch.float64), all_fail])
+    return 1 - all_fail[torch.as_tensor(num_correct)]
+
+
+# ==========================================================================================================
+# 2. The loss
+#
+# Cross-entropy, -log p, asks for the first try to be right. With N tries the thing to ask for is that any of them
+# is: minus the logarithm of pass@N. That is the whole idea. What it changes is seen in the gradient:
+#
+#     d/dθ [-log(1 - (1 - p)^N)] = F(N, p) · d/dθ [-log p],      F(N, p) = N p (1 - p)^(N-1) / (1 - (1 - p)^N)
+#
+# by the chain rule, dp = p · d log p. The factor F is 1 while p is far below 1/N: the example pulls as it does under
+# cross-entropy. Around p = 1/N, where N samples begin to find the answer (the expected number of right ones, N p,
+# passes 1), F falls, and beyond it is 0: an example that is already solved stops pulling, and the model is not made
+# surer than N tries need. With N = 1, F is 1 everywhere, and the loss is cross-entropy itself.
+# ==========================================================================================================
+
+
+def dco_loss(log_p, N):
+    """The limited loss (Direct Coverage Optimization): L_N = -log(1 - (1 - p)^N) of each example, in nats.
+
+    log_p: (B,) log-probabilities of the right answers, each the sum over the answer's tokens. Returns (B,), in the
+    dtype of log_p; take the mean and call backward. Nothing is detached: the factor F(N, p) of the gradient is
+    autograd's own work. Good to 1e-5 in float32 and 1e-12 in float64 (relative), with a finite gradient, for N from
+    1 to 1,000,000 and log_p from 0 to -2000, where p itself has long underflowed. Raises ValueError for N < 1.
+    Source: arXiv 2502.07154."""
+    if N < 1:
+        raise ValueError(f"N is the number of tries, 1 or more; got {N}")
+    if N == 1:
+        return -log_p  # cross-entropy
+    x = log_p if log_p.device.type == "mps" else log_p.double()  # N log(1 - p) loses digits in float32
+    log_fail = N * log1mexp(x.clamp(-50, -1e-30))  # log (1 - p)^N
+    few = -x - math.log(N)  # where p < e^-50, 1 - (1 - p)^N is N p to the last digit
+    return torch.where(x < -50, few, -log1mexp(log_fail)).to(log_p.dtype)
+
+
+def log1mexp(x):
+    """log(1 - e^x) for x < 0, by whichever of two forms does not cancel (Mächler 2012). The clamps keep the form
+    that is not chosen finite, since autograd multiplies its gradient by 0, and 0 · inf is nan."""
+    edge = -math.log(2)
+    return torch.where(x > edge, torch.log(-torch.expm1(x.clamp(min=edge))),
+                       torch.log1p(-torch.exp(x.clamp(max=edge))))
+
+
+def overconfidence_factor(log_p, N):
+    """F(N, p) = N p (1 - p)^(N-1) / (1 - (1 - p)^N) of each example, between 0 and 1: what is left of cross-entropy's
+    gradient under the limited loss, F = -d L_N / d log p. log_p: (B,); returns (B,), precise as `dco_loss` is.
+
+    Training does not need it (see `dco_loss`); it is here to be looked at, and for examples whose p is only
+    estimated, where it weights cross-entropy."""
+    if N == 1:
+        return torch.ones_like(log_p)
+    x = log_p if log_p.device.type == "mps" else log_p.double()
+    log_p_fail = log1mexp(x.clamp(-50, -1e-30))
+    log_factor = math.log(N) + x + (N - 1) * log_p_fail - log1mexp(N * log_p_fail)
+    return torch.where(x < -50, torch.ones_like(x), log_factor.exp()).to(log_p.dtype)
+
+
+LOSSES = {  # from the batch's log_p (B,) and N to the number that is minimized
+    "ce": lambda log_p, N: -log_p.mean(),
+    "limited": lambda log_p, N: dco_loss(log_p, N).mean(),
+}
+
+# ==========================================================================================================
+# 3. A small GPT
+#
+# The usual decoder: token and position embeddings, blocks of attention and MLP, logits for the next token. Two things
+# are for speed and change no number. `last`: where only the last few logits are wanted (the answer's), the last block
+# computes only those. `cache`: in sampling, the keys and values of past positions are kept, not computed anew.
+# ==========================================================================================================
+
+
+class Block(nn.Module):
+    def __init__(self, n_embd, n_head):
+        super().__init__()
+        self.n_head = n_head
+        self.ln_1 = nn.LayerNorm(n_embd)
+        self.query = nn.Linear(n_embd, n_embd)
+        self.key_value = nn.Linear(n_embd, 2 * n_embd)
+        self.projection = nn.Linear(n_embd, n_embd)
+        self.ln_2 = nn.LayerNorm(n_embd)
+        self.mlp = nn.Sequential(nn.Linear(n_embd, 4 * n_embd), nn.GELU(), nn.Linear(4 * n_embd, n_embd))
+
+    def forward(self, x, mask, cache=None):
+        """x (B, T, C) -> (B, Q, C): its last Q positions, looking at K positions where mask (Q, K) is true."""
+        B, T, C = x.shape
+        Q, K = mask.shape
+        normed = self.ln_1(x)
+        q = self.query(normed[:, -Q:])
+        k, v = self.key_value(normed).split(C, dim=-1)
+        if cache is not None:  # (2, B, block_size, C): the K - T positions before x are in it already
+            cache[0][:, K - T:K], cache[1][:, K - T:K] = k, v
+            k, v = cache[0][:, :K], cache[1][:, :K]
+        q, k, v = (t.view(B, -1, self.n_head, C // self.n_head).transpose(1, 2) for t in (q, k, v))  # (B, heads, ·, ·)
+        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        x = x[:, -Q:] + self.projection(attended.transpose(1, 2).reshape(B, Q, C))
+        return x + self.mlp(self.ln_2(x))
+
+
+class GPT(nn.Module):
+    def __init__(self, vocab_size, block_size, n_layer=2, n_head=4, n_embd=128):
+        super().__init__()
+        self.n_layer, self.n_embd = n_layer, n_embd
+        self.token_embedding = nn.Embedding(vocab_size, n_embd)
+        self.position_embedding = nn.Embedding(block_size, n_embd)
+        self.blocks = nn.ModuleList(Block(n_embd, n_head) for _ in range(n_layer))
+        self.ln = nn.LayerNorm(n_embd)
+        self.head = nn.Linear(n_embd, vocab_size, bias=False)
+        self.register_buffer("causal", torch.ones(block_size, block_size, dtype=torch.bool).tril(), persistent=False)
+        for name, parameter in self.named_parameters():
+            if parameter.dim() == 2:
+                nn.init.normal_(parameter, std=0.02)
+            elif name.endswith("bias"):
+                nn.init.zeros_(parameter)
+
+    def forward(self, tokens, last=None, cache=None, start=0):
+        """tokens (B, T) int64 -> logits (B, T, vocab_size), or (B, last, vocab_size). With a cache, the tokens stand
+        at positions start … start + T - 1, after those that are in it."""
+        end = start + tokens.shape[1]
+        x = self.token_embedding(tokens) + self.position_embedding.weight[start:end]
+        for i, block in enumerate(self.blocks):
+            first = end - last if last and i == self.n_layer - 1 else start  # the first position still wanted
+            x = block(x, self.causal[first:end, :end], None if cache is None else cache[i])
+        return self.head(self.ln(x))
+
+
+@torch.no_grad()
+def sample(model, prompts, num_new_tokens, temperature=1.0, generator=None):
+    """Continue prompts (B, T) by sampling each next token from softmax(logits / temperature), greedily at
+    temperature 0. Returns the (B, num_new_tokens) new tokens."""
+    B, T = prompts.shape
+    cache = torch.empty(model.n_layer, 2, B, T + num_new_tokens, model.n_embd, device=prompts.device)
+    tokens, start, new_tokens = prompts, 0, []
+    for _ in range(num_new_tokens):
+        logits = model(tokens, last=1, cache=cache, start=start)[:, 0]
+        start += tokens.shape[1]
+        if temperature == 0:
+            tokens = logits.argmax(dim=-1, keepdim=True)
+        else:
+            tokens = torch.multinomial(F.softmax(logits / temperature, dim=-1), 1, generator=generator)
+        new_tokens.append(tokens)
+    return torch.cat(new_tokens, dim=1)
+
+
+# ==========================================================================================================
+# 4. Measuring
+#
+# The answers are short and a problem has one right answer, so its success probability needs no sampling: one pass
+# over prompt and answer gives p(y|x) = Π_t p(y_t | x, y_<t), and pass@N for every N follows exactly. Dividing the
+# logits by T before the softmax gives, from the same pass, what sampling at temperature T would reach.
+# ==========================================================================================================
+
+TRIES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)  # pass@N is measured for these N, and for the run's own
+COLUMNS = (1, 8, 64, 512)  # and shown for these
+TEMPERATURES = (1.0, 0.7, 1.3, 1.6, 2.0, 2.5)
+
+
+def answer_logits(model, prompts, answers):
+    """The logits (B, A, vocab_size) that predict the answers' tokens, each with the right ones before it."""
+    return model(torch.cat([prompts, answers[:, :-1]], dim=1), last=answers.shape[1])
+
+
+def answer_log_p(logits, answers, temperature=1.0):
+    """log p(y|x) = Σ_t log p(y_t | x, y_<t): (B,), from `answer_logits`. Padding behind the answers counts nothing."""
+    return -F.cross_entropy((logits / temperature).transpose(1, 2), answers, ignore_index=PAD,
+                            reduction="none").sum(dim=1)
+
+
+@torch.no_grad()
+def measure(model, prompts, answers):
+    """log p of each problem's right answer, and of the model's own greedy answer (its confidence), both
+    (len(TEMPERATURES), P) in float64 on the CPU, at each temperature."""
+    log_p, log_confidence = [], []
+    for x, y in zip(prompts.split(250), answers.split(250)):
+        greedy = sample(model, x, y.shape[1], temperature=0)
+        is_end = greedy == END
+        greedy[is_end.cumsum(dim=1) - is_end.long() > 0] = PAD  # behind the end, whatever was sampled is no answer
+        for result, answer in ((log_p, y), (log_confidence, greedy)):
+            logits = answer_logits(model, x, answer)
+            result.append(torch.stack([answer_log_p(logits, answer, T) for T in TEMPERATURES]))
+    return torch.cat(log_p, dim=1).double().cpu(), torch.cat(log_confidence, dim=1).double().cpu()
+
+
+def summary(log_p, log_confidence, tries):
+    """{"pass@1": …, "confidence": …}: means over the problems, from their log-probabilities (P,)."""
+    result = {f"pass@{n}": pass_at_n(log_p.exp(), n).mean().item() for n in tries}
+    return result | {"confidence": log_confidence.exp().mean().item()}
+
+
+# ==========================================================================================================
+# 5. Training
+#
+# One loop for every loss and task. A run is a plain dictionary, saved after every evaluation.
+# ==========================================================================================================
+
+SETTINGS = {  # the same for every loss
+    "multiply": dict(epochs=100, batch_size=100, learning_rate=1e-3, n_layer=2, n_head=4, n_embd=128),
+    "math": dict(epochs=12, batch_size=50, learning_rate=1e-3, n_layer=2, n_head=4, n_embd=128),
+}
+
+
+def train(task, loss="limited", N=64, seed=0, epochs=None, device="cpu", path=None):
+    """Train a new GPT on a task and measure it as it learns. Returns the run (see the README) and the model.
+
+    With loss "ce" the training N is 1, whatever N, and N only says which pass@N the progress bar shows. Where a path
+    is given the run is saved there after every evaluation. `epochs` is a number, or None for the task's own."""
+    settings = SETTINGS[task.name] | ({} if epochs is None else {"epochs": epochs})
+    epochs, batch_size = settings["epochs"], settings["batch_size"]
+    prompts, answers, test_prompts, test_answers = (tensor.to(device) for tensor in (*task.train, *task.test))
+    torch.manual_seed(seed)  # the same first weights and the same order of examples for every loss
+    model = GPT(len(task.vocab), prompts.shape[1] + answers.shape[1],
+                **{key: settings[key] for key in ("n_layer", "n_head", "n_embd")}).to(device)
+    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.99), weight_decay=0.0, fused=device != "mps")
+    order = torch.Generator().manual_seed(seed)
+    num_steps, step = epochs * math.ceil(len(prompts) / batch_size), 0
+
+    run = {"task": task.name, "loss": loss, "N": 1 if loss == "ce" else N, "seed": seed,
+           "config": settings | {"device": device}, "history": [], "problems": {}}
+    tries = sorted({*TRIES, N})
+    start = time.perf_counter()
+    with tqdm(total=num_steps, desc=f"{task.name} {name_of(loss, run['N'])}, seed {seed}") as bar:
+        for epoch in range(epochs + 1):
+            if epoch % max(1, epochs // 25) == 0 or epoch == epochs:
+                test_log_p, test_confidence = measure(model, test_prompts, test_answers)
+                train_log_p, train_confidence = measure(model, prompts[:500], answers[:500])  # enough, and quicker
+                test = summary(test_log_p[0], test_confidence[0], tries)
+                run["history"].append({
+                    "epoch": epoch, "loss": LOSSES[loss](train_log_p[0], N).item(),
+                    "seconds": round(time.perf_counter() - start, 2), "test": test,
+                    "train": summary(train_log_p[0], train_confidence[0], tries),
+                    "tempered": {str(T): summary(test_log_p[i], test_confidence[i], tries)
+                                 for i, T in enumerate(TEMPERATURES) if T != 1}})
+                run["problems"] = {"p": test_log_p[0].exp().tolist(), "confidence": test_confidence[0].exp().tolist()}
+                if path:
+                    save(run, path)
+                bar.set_postfix_str(f"epoch {epoch}, loss {run['history'][-1]['loss']:.2f}, pass@1 {test['pass@1']:.3f}, "
+                                    f"pass@{N} {test[f'pass@{N}']:.3f}, confidence {test['confidence']:.2f}")
+            if epoch == epochs:
+                break
+            for batch in torch.randperm(len(prompts), generator=order).to(device).split(batch_size):
+                for group in optimizer.param_groups:
+                    group["lr"] = settings["learning_rate"] * schedule(step / num_steps)
+                log_p = answer_log_p(answer_logits(model, prompts[batch], answers[batch]), answers[batch])
+                optimizer.zero_grad()
+                LOSSES[loss](log_p, N).backward()
+                optimizer.step()
+                step += 1
+                bar.update()
+    return run, model
+
+
+def schedule(done):
+    """The learning rate's factor when a share `done` of training is done: up over 5 %, then a cosine down to 0.1."""
+    return min(1, 0.01 + done / 0.05) * (0.55 + 0.45 * math.cos(math.pi * done))
+
+
+def save(run, path):
+    """Write a run as JSON, whole or not at all: to a file beside it, which then takes its name."""
+    path = Path(path)
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(run))
+    os.replace(partial, path)
+
+
+# ==========================================================================================================
+# 6. Theory
+# ==========================================================================================================
+
+
+def optimal_policy(p, N):
+    """The policy q that maximizes pass@N = Σ_i p_i (1 - (1 - q_i)^N) over Σ_i q_i = 1, where the answer stays
+    uncertain: candidate i is right with probability p_i, whatever the sampler does.
+
+    The derivative of the Lagrangian, N p_i (1 - q_i)^(N-1) - N λ, is zero, or the answer is given up, so
+        q_i = max(0, 1 - (λ / p_i)^(1/(N-1))),
+    water-filling: the larger N, the flatter. If the k likeliest answers are kept, the sum gives λ in closed form,
+    λ^(1/(N-1)) = (k - 1) / Σ_{i≤k} p_i^(-1/(N-1)), and k is the most for which q_k > 0. With N = 1 it is all on the
+    likeliest answer; if several are, they share it equally.
+    p: (K,) numbers from 0 on, not all 0 (their scale does not matter). Returns (K,), float64 numpy, sum 1."""
+    p = np.asarray(p, dtype=np.float64)
+    if N == 1:
+        best = p == p.max()
+        return best / best.sum()
+    order = np.argsort(-p, kind="stable")[:np.count_nonzero(p)]
+    height = (p[order[0]] / p[order]) ** (1 / (N - 1))  # ≥ 1, growing: how much water an answer needs
+    total = np.cumsum(height)
+    k = np.count_nonzero(np.arange(len(height)) * height < total)
+    q = np.zeros_like(p)
+    q[order[:k]] = 1 - (k - 1) * height[:k] / total[k - 1]
+    return q
+
+
+def blind_pass_at_n(task, policy, N):
+    """The test set's pass@N of a guesser who never reads the question: it knows how often each answer is right among
+    the training problems, p, and samples from policy(p)."""
+    q = torch.as_tensor(policy(task.guesses.numpy()))
+    return pass_at_n(torch.where(task.test_guess >= 0, q[task.test_guess], 0.0), N).mean().item()
+
+
+# ==========================================================================================================
+# 7. Tables and figures, from the saved runs
+# ==========================================================================================================
+
+COLORS = {"ce": "#D55E00", "limited": "#0072B2"}  # these and the next from Okabe and Ito, safe for the colour-blind
+MORE_COLORS = ["#CC79A7", "#E69F00", "#56B4E9", "#000000"]
+
+
+def name_of(loss, N):
+    return "cross-entropy" if loss == "ce" else f"{loss} N={N}"
+
+
+def load_runs(out, task_name):
+    """The task's saved runs in a folder, those that differ only in the seed together: {(loss, N, epochs): [run, …]},
+    cross-entropy first."""
+    groups = defaultdict(list)
+    for path in sorted(Path(out).glob(f"{task_name}-*-seed*.json")):
+        try:
+            run = json.loads(path.read_text())
+            groups[run["loss"], run["N"], run["config"]["epochs"]].append(run)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            print(f"left out {path}, which is not a run's file ({error!r})", file=sys.stderr)
+    return {key: groups[key] for key in sorted(groups)}
+
+
+def measured_tries(groups, N):
+    """N, or if some run did not measure pass@N, the nearest number that they all did."""
+    common = set.intersection(*({int(key[5:]) for key in record["test"] if key.startswith("pass@")}
+                                for runs in groups.values() for run in runs for record in run["history"]))
+    return min(common, key=lambda n: abs(math.log(n / N)))
+
+
+def labels_of(groups):
+    """{group: its name}, with the number of epochs where two groups differ only in that."""
+    names = [name_of(loss, N) for loss, N, _ in groups]
+    return {key: name if names.count(name) == 1 else f"{name}, {key[2]} epochs" for key, name in zip(groups, names)}
+
+
+def mean_and_error(values):
+    """Mean and standard error over the first axis, the seeds; an error of 0 where there is only one."""
+    values = np.array(values, dtype=np.float64)
+    error = values.std(axis=0, ddof=1) / math.sqrt(len(values)) if len(values) > 1 else 0 * values[0]
+    return values.mean(axis=0), error
+
+
+def curve(runs, value):
+    """The epochs that all runs have, and the mean and standard error over the runs of value(evaluation) there."""
+    epochs = sorted(set.intersection(*({record["epoch"] for record in run["history"]} for run in runs)))
+    values = [[value(record) for record in run["history"] if record["epoch"] in epochs] for run in runs]
+    return epochs, *mean_and_error(values)
+
+
+def at(run, N, stage):
+    """The test set's measurements at a stage of a run. The best epoch and temperature for pass@N are chosen on the
+    test set itself, which flatters whoever is measured so: here, cross-entropy."""
+    if stage == "at the end":
+        return run["history"][-1]["test"]
+    candidates = [record["test"] for record in run["history"]]
+    if stage == "best epoch and temperature":
+        candidates += [tempered for record in run["history"] for tempered in record["tempered"].values()]
+    return max(candidates, key=lambda test: test[f"pass@{N}"])
+
+
+STAGES = {"ce": ["at the end", "best epoch", "best epoch and temperature"], "limited": ["at the end"]}
+
+
+def print_table(groups, task, N):
+    """One row for each loss and stage, then the blind guessers': mean over the seeds ± standard error."""
+    tries = sorted({*COLUMNS, N})
+    columns = [*(f"pass@{n}" for n in tries), "confidence"]
+    rows = {f"{label}, {stage}": [[at(run, N, stage)[column] for column in columns] for run in groups[key]]
+            for key, label in labels_of(groups).items() for stage in STAGES[key[0]]}
+    for label, policy in blind_policies(task).items():
+        rows[label] = [[blind_pass_at_n(task, policy(n), n) for n in tries]]
+    print_rows(columns, rows)
+
+
+def print_rows(columns, rows):
+    """rows: {label: one list of values for each seed}."""
+    width = max(map(len, rows))
+    print(" " * width + "".join(f"{column:>15}" for column in columns))
+    for label, values in rows.items():
+        cells = [f"{mean:.3f} ± {error:.3f}" if len(values) > 1 else f"{mean:.3f}"
+                 for mean, error in zip(*mean_and_error(values))]
+        print(f"{label:{width}}" + "".join(f"{cell:>15}" for cell in cells))
+
+
+def blind_policies(task):
+    """{name: N -> the policy}, for tasks whose answers can be guessed."""
+    return {} if task.guesses is None else {
+        "blind, training frequencies": lambda N: lambda p: p,
+        "blind, optimal for each N": lambda N: lambda p: optimal_policy(p, N)}
+
+
+def in_words(groups, N):
+    """What happened, as a sentence or two, from the numbers."""
+    labels, sentences, rival = labels_of(groups), [], None
+    for key, runs in groups.items():
+        end, best, tempered = (np.mean([at(run, N, stage)[f"pass@{N}"] for run in runs])
+                               for stage in ("at the end", "best epoch", "best epoch and temperature"))
+        if key[0] == "ce":
+            rival = rival or (end, best, tempered)
+            first, last = (np.mean([at(run, N, stage)["pass@1"] for run in runs]) for stage in ("best epoch", "at the end"))
+            moved = f"{'rose' if last > first else 'fell'} from {first:.3f} to {last:.3f}"
+            sentences.append(
+                f"Cross-entropy's pass@{N} peaked at {best:.3f} and fell to {end:.3f} with more training, while its "
+                f"pass@1 {moved}." if end < 0.95 * best else
+                f"Cross-entropy's pass@{N} did not fall in these epochs: best {best:.3f}, at the end {end:.3f}.")
+        else:
+            versus = "" if rival is None else ": " + ", ".join(
+                f"{end / value:.2f} times {which}" for which, value in
+                zip(("cross-entropy's end", "its best epoch", "its best epoch and temperature"), rival))
+            name = labels[key][0].upper() + labels[key][1:]
+            sentences.append(f"{name} ended at {end:.3f}{versus}.")
+    return " ".join(sentences)
+
+
+def draw(groups, task, N, path):
+    """The main figure: what each loss does to pass@1, pass@N and confidence as training goes on, and at its end."""
+    labels, more = labels_of(groups), iter(MORE_COLORS * 9)
+    colors = {}
+    for key in groups:
+        fresh = COLORS.get(key[0]) not in colors.values() and key[1] in (1, N)
+        colors[key] = COLORS[key[0]] if fresh else next(more)
+    figure, axes = plt.subplots(2, 3, figsize=(12, 7.2), layout="constrained")
+    (pass_1, pass_N, confidence), (histogram, tries, temperature) = axes
+
+    def line(axis, xs, mean, error, **style):
+        axis.plot(xs, mean, **style)
+        axis.fill_between(xs, mean - error, mean + error, color=style["color"], alpha=0.2, linewidth=0)
+
+    for key, runs in groups.items():
+        color, label = colors[key], labels[key]
+        budgets = [n for n in TRIES if n <= 512]
+        for axis, n in ((pass_1, 1), (pass_N, N)):
+            line(axis, *curve(runs, lambda record: record["test"][f"pass@{n}"]), color=color)
+        line(confidence, *curve(runs, lambda record: record["test"]["confidence"]), color=color)
+        line(confidence, *curve(runs, lambda record: record["train"]["confidence"]), color=color, linestyle=":")
+        histogram.hist(np.concatenate([run["problems"]["confidence"] for run in runs]), bins=np.linspace(0, 1, 26),
+                       weights=np.full(sum(len(run["problems"]["confidence"]) for run in runs),
+                                       1 / sum(len(run["problems"]["confidence"]) for run in runs)),
+                       histtype="stepfilled", color=color, alpha=0.35, edgecolor=color)
+        for stage, style in (("at the end", "-"), ("best epoch", "--")):
+            if stage == "at the end" or key[0] == "ce":
+                shown = f"{label}, {stage}" if key[0] == "ce" else label
+                line(tries, budgets, *mean_and_error([[at(run, N, stage)[f"pass@{n}"] for n in budgets] for run in runs]),
+                     color=color, linestyle=style, label=shown)
+                records = [next(r for r in run["history"] if r["test"] is at(run, N, stage)) for run in runs]
+                line(temperature, sorted(TEMPERATURES), *mean_and_error(
+                    [[(r["tempered"] | {"1.0": r["test"]})[str(T)][f"pass@{N}"] for T in sorted(TEMPERATURES)]
+                     for r in records]), color=color, linestyle=style, marker="o", markersize=4)
+        if key[0] == "ce":
+            epochs, mean, _ = curve(runs, lambda record: record["test"][f"pass@{N}"])
+            best = int(np.argmax(mean))
+            for axis, n in ((pass_1, 1), (pass_N, N)):
+                _, values, _ = curve(runs, lambda record: record["test"][f"pass@{n}"])
+                axis.plot(epochs[best], values[best], "*", color=color, markersize=15, markeredgecolor="black")
+
+    for (label, policy), style in zip(blind_policies(task).items(), ("-.", ":")):
+        blind = [blind_pass_at_n(task, policy(n), n) for n in budgets]
+        tries.plot(budgets, blind, color="grey", linestyle=style, label=label)
+        for axis, n in ((pass_1, 1), (pass_N, N)):
+            axis.axhline(blind_pass_at_n(task, policy(n), n), color="grey", linestyle=style)
+
+    for axis, title, x in (
+            (pass_1, f"pass@1 (star: cross-entropy's best pass@{N})", "epoch"),
+            (pass_N, f"pass@{N} (star: cross-entropy's best)", "epoch"),
+            (confidence, "confidence (solid: test, dotted: train)", "epoch"),
+            (histogram, "confidence at the end", "confidence in the greedy answer"),
+            (tries, "pass@N against N", "tries N"),
+            (temperature, f"pass@{N} against temperature", "sampling temperature T")):
+        axis.set(title=title, xlabel=x, ylabel="share of test problems")
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.set_ylim(bottom=0)
+    confidence.set(ylabel="mean probability of the greedy answer", ylim=(0, 1))
+    tries.set_xscale("log", base=2)
+    tries.set_xticks([1, 8, 64, 512], ["1", "8", "64", "512"])
+    handles, names = tries.get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside upper center", ncols=3, frameon=False)
+    seeds = max(map(len, groups.values()))
+    if seeds > 1:
+        figure.supxlabel(f"lines: mean over {seeds} seeds; bands: ± one standard error", fontsize="medium")
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def frontier(groups, path):
+    """Which N to train with for which N in the test: a table of the runs' ends, its best by column, and the figure."""
+    labels, columns = labels_of(groups), [f"pass@{n}" for n in FRONTIER]
+    rows = {f"trained with {labels[key]}": [[run["history"][-1]["test"][column] for column in columns] for run in runs]
+            for key, runs in groups.items()}
+    print_rows(columns, rows)
+    means = np.array([mean_and_error(values)[0] for values in rows.values()])  # (trained with, tested with)
+    print("Best " + ", ".join(f"at {column}: {list(labels.values())[i]}" for column, i in zip(columns, means.argmax(0))))
+
+    figure, (curves, matrix) = plt.subplots(1, 2, figsize=(12, 4.6), layout="constrained")
+    for (key, runs), color, marker in zip(groups.items(), [COLORS["ce"], "#E69F00", COLORS["limited"], "#009E73"], "o^sD"):
+        mean, error = mean_and_error([[run["history"][-1]["test"][f"pass@{n}"] for n in TRIES] for run in runs])
+        curves.errorbar(TRIES, mean, error, color=color, marker=marker, label=labels[key], capsize=2)
+    curves.set_xscale("log", base=2)
+    curves.set_xticks(FRONTIER, FRONTIER)
+    curves.set(title="pass@N at the end of training", xlabel="tries N in the test", ylabel="share of test problems")
+    curves.spines[["top", "right"]].set_visible(False)
+    curves.legend(title="trained with", frameon=False, loc="upper left")
+    share = means / means.max(axis=0)
+    image = matrix.imshow(share, cmap="cividis", vmin=0, vmax=1, aspect="auto")
+    for (i, j), value in np.ndenumerate(share):
+        matrix.text(j, i, f"{means[i, j]:.3f}", ha="center", va="center", color="black" if value > 0.6 else "white",
+                    fontsize=13, weight="bold" if value == 1 else "normal")
+    matrix.set_xticks(range(len(columns)), columns)
+    matrix.set_yticks(range(len(labels)), labels.values())
+    matrix.set(title="the same as numbers (bold: best of its column)", ylabel="trained with")
+    figure.colorbar(image, label="share of the column's best")
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+# ==========================================================================================================
+# 8. Command line
+# ==========================================================================================================
+
+FRONTIER = (1, 8, 64, 512)
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
+    parser.error = fail
+    parser.add_argument("--task", choices=TASKS, default="multiply")
+    parser.add_argument("--loss", choices=["both", *LOSSES], default="both")
+    parser.add_argument("--N", type=whole(1), default=64, help="tries: the limited loss trains for this pass@N")
+    parser.add_argument("--epochs", type=whole(0), help="default: the task's own, in SETTINGS")
+    parser.add_argument("--seed", type=whole(0), default=0)
+    parser.add_argument("--seeds", type=whole(1), default=1, help="train this many seeds, from --seed on")
+    parser.add_argument("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto")
+    parser.add_argument("--out", default="out", help="the folder for runs and figures")
+    parser.add_argument("--math-dir", help="the MATH dataset's folder; without it, the datasets package fetches it")
+    parser.add_argument("--frontier", action="store_true", help="train with N = 1, 8, 64 and 512, and compare")
+    args = parser.parse_args(argv)
+    device = choose_device(args.device)
+    out = Path(args.out)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=out).close()
+    except OSError as error:
+        fail(f"cannot write to --out {out} ({error.strerror}): give a folder that you may write to")
+
+    losses = ["ce", "limited"] if args.loss == "both" else [args.loss]
+    recipes = [("limited" if N > 1 else "ce", N) for N in FRONTIER] if args.frontier else [(l, args.N) for l in losses]
+    interrupted = False
+    try:
+        for seed in range(args.seed, args.seed + args.seeds):
+            task = build(args.task, seed, args.math_dir)
+            for loss, N in recipes:
+                path = out / f"{task.name}-{loss}-N{1 if loss == 'ce' else N}-seed{seed}.json"
+                train(task, loss, N, seed, args.epochs, device, path)
+    except KeyboardInterrupt:
+        interrupted = True
+        print(f"\nInterrupted; what was measured until then is kept in {out}", file=sys.stderr)
+
+    groups = load_runs(out, task.name)
+    if args.frontier and not interrupted:
+        epochs = SETTINGS[task.name]["epochs"] if args.epochs is None else args.epochs
+        ends = [("ce" if N == 1 else "limited", N, epochs) for N in FRONTIER]
+        frontier({key: groups[key] for key in ends}, out / f"{task.name}-frontier.png")
+        print(f"Figure: {out / f'{task.name}-frontier.png'}\n")
+    if groups:
+        N = measured_tries(groups, args.N)
+        print_table(groups, task, N)
+        print(in_words(groups, N))
+        draw(groups, task, N, out / f"{task.name}.png")
+        print(f"Figure: {out / f'{task.name}.png'}")
+    return 130 if interrupted else 0
+
+
+def build(name, seed, math_dir):
+    try:
+        return TASKS[name](seed, math_dir) if name == "math" else TASKS[name](seed)
+    except (OSError, ValueError) as error:
+        fail(error)
+
+
+def choose_device(name):
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        return next(device for device in available if available[device])
+    if not available[name]:
+        fail(f"--device {name}: this machine has none that PyTorch can use; try --device auto")
+    return name
+
+
+def whole(minimum, maximum=1_000_000):
+    def parse(text):
+        if text.isdecimal() and len(text) < 10 and minimum <= int(text) <= maximum:
+            return int(text)
+        raise argparse.ArgumentTypeError(f"{text[:20]!r} is not a whole number from {minimum} to {maximum:,}")
+    return parse
+
+
+def fail(message):
+    print(f"passn.py: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,533 @@
+"""Tests against trusted references: exact arithmetic, brute force, sampling, and the effect itself in miniature."""
+
+import csv
+import json
+import math
+import subprocess
+import sys
+import types
+from decimal import Decimal, localcontext
+from fractions import Fraction
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+import torch
+
+import passn
+import toy_tasks
+from passn import (GPT, answer_log_p, answer_logits, dco_loss, estimate_pass_at_n, main, optimal_policy,
+                   overconfidence_factor, pass_at_n, sample, train)
+from toy_tasks import END, PAD, TASKS
+
+SHARED = Path(__file__).resolve().parent.parent / "shared"
+TINY = dict(epochs=2, batch_size=50, learning_rate=1e-3, n_layer=1, n_head=2, n_embd=16)
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    """Every task with a tiny model and two epochs, for what does not depend on the size."""
+    for name in passn.SETTINGS:
+        monkeypatch.setitem(passn.SETTINGS, name, TINY)
+
+
+# ---- pass@N ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("N", [1, 2, 64, 1_000_000])
+@pytest.mark.parametrize("p", ["0", "1e-12", "1e-6", "0.015625", "0.5", "0.999999", "1"])
+def test_pass_at_n_is_exact(p, N):
+    with localcontext(prec=60):
+        exact = float(1 - (1 - Decimal(p)) ** N) if p != "1" else 1.0
+    assert pass_at_n(float(p), N).item() == pytest.approx(exact, rel=1e-12, abs=0)
+
+
+def test_pass_at_n_keeps_shapes_and_takes_empty_input():
+    assert pass_at_n(torch.rand(3, 4), 8).shape == (3, 4)
+    assert pass_at_n([], 8).shape == (0,)
+
+
+@pytest.mark.parametrize("n", [1, 2, 7, 40, 300])
+def test_estimator_is_the_exact_share_of_choices(n):
+    c = torch.arange(n + 1)
+    for N in {1, min(2, n), n // 2 or 1, n}:
+        exact = [float(1 - Fraction(math.comb(n - k, N), math.comb(n, N))) for k in range(n + 1)]
+        torch.testing.assert_close(estimate_pass_at_n(n, c, N), torch.tensor(exact, dtype=torch.float64),
+                                   rtol=1e-12, atol=1e-14)
+
+
+def test_estimator_is_unbiased():
+    n, N, p = 20, 8, 0.07
+    mean = sum(math.comb(n, c) * p**c * (1 - p) ** (n - c) * estimate_pass_at_n(n, c, N).item() for c in range(n + 1))
+    assert mean == pytest.approx(pass_at_n(p, N).item(), rel=1e-12)
+
+
+def test_estimator_refuses_more_tries_than_samples():
+    with pytest.raises(ValueError, match="draw at least N"):
+        estimate_pass_at_n(10, 1, 11)
+
+
+# ---- the loss --------------------------------------------------------------------------------------------
+
+LOG_PS = ["-2000", "-200", "-50.001", "-50", "-49.9", "-20", "-9", "-4.1", "-1", "-0.6931", "-0.1", "-1e-3", "-1e-6"]
+
+
+def exact_loss_and_factor(log_p, N):
+    with localcontext(prec=1000, Emin=-10**9, Emax=10**9):
+        p = Decimal(log_p).exp()
+        fail = (1 - p) ** (N - 1)
+        success = 1 - fail * (1 - p)
+        with localcontext(prec=60):
+            # near 1, success is 1 - tiny, and Decimal's ln would take long at this precision: use the series there
+            tiny = 1 - success if success > Decimal("0.999999999") else None
+        return float(-success.ln() if tiny is None else tiny_log(fail * (1 - p))), float(N * p * fail / success)
+
+
+def tiny_log(x):
+    """-log(1 - x) for tiny x, by its series."""
+    return x + x**2 / 2 + x**3 / 3 + x**4 / 4
+
+
+def check_against(rows, dtype, rel):
+    smallest = torch.finfo(dtype).tiny
+    for N, log_p, loss, factor in rows:
+        x = torch.tensor([log_p], dtype=dtype)
+        for got, want in ((dco_loss(x, N), loss), (overconfidence_factor(x, N), factor)):
+            assert got.dtype == dtype and got.shape == (1,)
+            if want == 0:  # the table's word for what its 60 digits cannot tell from 0
+                assert 0 <= got.item() < 1e-59, (N, log_p)
+            else:
+                assert got.item() == pytest.approx(want, rel=rel, abs=smallest), (N, log_p)
+
+
+@pytest.mark.parametrize("dtype, rel", [(torch.float32, 1e-5), (torch.float64, 1e-12)])
+def test_loss_and_factor_match_the_reference_table(dtype, rel):
+    table = SHARED / "reference" / "dco_loss.csv"
+    if not table.exists():
+        pytest.skip("no reference table on this machine")
+    with open(table) as lines:
+        check_against([(int(r["N"]), float(r["log_p"]), float(r["loss"]), float(r["factor"]))
+                       for r in csv.DictReader(lines)], dtype, rel)
+
+
+@pytest.mark.parametrize("dtype, rel", [(torch.float32, 1e-5), (torch.float64, 1e-12)])
+def test_loss_and_factor_match_exact_arithmetic(dtype, rel):
+    rows = []
+    for text in LOG_PS:
+        log_p = torch.tensor(float(text), dtype=dtype).item()  # what the loss really gets
+        rows += [(N, log_p, *exact_loss_and_factor(repr(log_p), N)) for N in (1, 2, 8, 64, 1000, 1_000_000)]
+    check_against(rows, dtype, rel)
+
+
+@pytest.mark.parametrize("dtype, rel", [(torch.float32, 1e-5), (torch.float64, 1e-11)])
+@pytest.mark.parametrize("N", [1, 2, 8, 64, 1_000_000])
+def test_gradient_is_the_factor_times_that_of_cross_entropy(N, dtype, rel):
+    log_p = torch.tensor([*map(float, LOG_PS)], dtype=dtype, requires_grad=True)
+    dco_loss(log_p, N).sum().backward()
+    torch.testing.assert_close(log_p.grad, -overconfidence_factor(log_p.detach(), N), rtol=rel,
+                               atol=torch.finfo(dtype).tiny)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_gradient_is_finite_even_where_p_is_1_or_underflows(dtype):
+    log_p = torch.tensor([0.0, -1e-38, -1e-7, -1e4], dtype=dtype, requires_grad=True)
+    for N in (1, 2, 64, 1_000_000):
+        loss = dco_loss(log_p, N)
+        gradient, = torch.autograd.grad(loss.sum(), log_p)
+        assert loss.isfinite().all() and gradient.isfinite().all()
+
+
+def test_one_try_is_cross_entropy_exactly():
+    logits, labels = torch.randn(50, 10), torch.randint(10, (50,))
+    log_p = torch.log_softmax(logits, -1).gather(1, labels[:, None])[:, 0]
+    assert torch.equal(dco_loss(log_p, 1).mean(), passn.LOSSES["ce"](log_p, 64))
+    torch.testing.assert_close(dco_loss(log_p, 1).mean(), torch.nn.functional.cross_entropy(logits, labels))
+
+
+def test_loss_takes_an_empty_batch_and_refuses_no_tries():
+    assert dco_loss(torch.empty(0), 8).shape == (0,)
+    for bad in (0, -3):
+        with pytest.raises(ValueError, match="1 or more"):
+            dco_loss(torch.tensor([-1.0]), bad)
+
+
+# ---- the model and its measurement -----------------------------------------------------------------------
+
+
+def small_model(vocab_size=7, block_size=12, **shape):
+    """Random weights, large enough that the answers are far from uniform."""
+    torch.manual_seed(0)
+    model = GPT(vocab_size, block_size, **({"n_layer": 3, "n_head": 2, "n_embd": 32} | shape))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 2:
+                parameter.mul_(5)
+    return model
+
+
+@torch.no_grad()
+def test_cached_and_last_logits_are_those_of_the_full_pass():
+    model, tokens = small_model(), torch.randint(7, (5, 12))
+    full = model(tokens)
+    assert full.shape == (5, 12, 7)
+    torch.testing.assert_close(model(tokens, last=4), full[:, -4:], rtol=0, atol=1e-5)
+    cache = torch.full((3, 2, 5, 12, 32), torch.nan)  # a position read before it is written would show
+    steps = [model(tokens[:, :6], cache=cache)]
+    steps += [model(tokens[:, i:i + 1], cache=cache, start=i) for i in range(6, 12)]
+    torch.testing.assert_close(torch.cat(steps, dim=1), full, rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
+def test_the_future_does_not_leak():
+    model, tokens = small_model(), torch.randint(7, (2, 12))
+    changed = tokens.clone()
+    changed[:, 8:] = (changed[:, 8:] + 1) % 7
+    torch.testing.assert_close(model(tokens)[:, :8], model(changed)[:, :8])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("temperature", [1.0, 1.6])
+def test_exact_p_and_pass_at_n_agree_with_sampling(temperature):
+    model, draws, N = small_model(n_layer=1, n_embd=16), 20_000, 8
+    prompts = torch.randint(2, 7, (6, 5))
+    answers = torch.tensor([[2, 3], [4, END], [5, 5], [6, 2], [3, 4], [2, 2]])
+    p = answer_log_p(answer_logits(model, prompts, answers), answers, temperature).exp()
+    drawn = sample(model, prompts.repeat_interleave(draws, 0), 2, temperature, torch.Generator().manual_seed(1))
+    right = (drawn.view(6, draws, 2) == answers[:, None]).all(-1).double()
+    error = (p * (1 - p) / draws).sqrt() + 1e-9
+    assert ((right.mean(1) - p).abs() < 4 * error).all()
+    tries = right.view(6, -1, N).amax(2)
+    exact = pass_at_n(p, N)
+    assert ((tries.mean(1) - exact).abs() < 4 * (exact * (1 - exact) * N / draws).sqrt() + 1e-9).all()
+
+
+@torch.no_grad()
+def test_probabilities_of_all_answers_sum_to_one():
+    model = small_model()
+    pairs = torch.cartesian_prod(torch.arange(1, 7), torch.arange(1, 7))  # all two-token answers without padding
+    prompt = torch.tensor([[2, 3, 4]]).expand(len(pairs), -1)
+    logits = answer_logits(model, prompt, pairs)
+    logits[..., PAD] = -torch.inf
+    assert answer_log_p(logits, pairs).exp().sum().item() == pytest.approx(1, abs=1e-5)
+
+
+@torch.no_grad()
+def test_padding_behind_an_answer_counts_nothing():
+    model, prompt = small_model(), torch.tensor([[2, 3, 4]])
+    short, padded = torch.tensor([[5, END]]), torch.tensor([[5, END, PAD, PAD]])
+    torch.testing.assert_close(answer_log_p(answer_logits(model, prompt, short), short),
+                               answer_log_p(answer_logits(model, prompt, padded), padded))
+
+
+@torch.no_grad()
+def test_confidence_is_the_probability_of_the_greedy_answer():
+    model, prompts = small_model(), torch.randint(2, 7, (40, 5))
+    answers = torch.randint(2, 7, (40, 3))
+    _, log_confidence = passn.measure(model, prompts, answers)
+    for prompt, got in zip(prompts, log_confidence[0]):
+        tokens, log_p = prompt[None], 0.0
+        for _ in range(3):  # by hand: the likeliest token after the likeliest token …
+            best = torch.log_softmax(model(tokens)[0, -1], -1).max(0)
+            tokens, log_p = torch.cat([tokens, best.indices[None, None]], 1), log_p + best.values * (best.indices != PAD)
+            if best.indices == END:
+                break
+        assert got.item() == pytest.approx(float(log_p), abs=1e-5)
+
+
+# ---- the tasks -------------------------------------------------------------------------------------------
+
+
+def texts(task, tokens):
+    return ["".join(task.vocab[token] for token in row if token != PAD) for row in tokens.tolist()]
+
+
+def test_multiply_is_right_and_its_splits_are_disjoint_even_with_factors_swapped():
+    task, factors = TASKS["multiply"](), {}
+    for split in ("train", "test"):
+        prompts, answers = getattr(task, split)
+        pairs = [tuple(map(int, text[:-1].split("*"))) for text in texts(task, prompts)]
+        assert texts(task, answers) == [f"{a * b:04d}" for a, b in pairs]
+        factors[split] = {frozenset(pair) for pair in pairs}
+        assert len(factors[split]) == len(pairs)
+    assert len(factors["train"]) == 2000 and len(factors["test"]) == 1000
+    assert not factors["train"] & factors["test"]
+
+
+def test_multiply_is_the_same_for_the_same_seed():
+    one, again, other = TASKS["multiply"](3), TASKS["multiply"](3), TASKS["multiply"](4)
+    assert torch.equal(one.train[0], again.train[0]) and torch.equal(one.test[1], again.test[1])
+    assert not torch.equal(one.train[0], other.train[0])
+
+
+@pytest.mark.parametrize("solution, content, integer", [
+    (r"so $\boxed{5}$.", "5", "5"),
+    (r"$\boxed{-12}$ is it", "-12", "-12"),
+    (r"first \boxed{1}, then \boxed{2}", "2", "2"),
+    (r"$\boxed{\frac{1}{\sqrt{2}}}$", r"\frac{1}{\sqrt{2}}", None),
+    (r"$\boxed 5$", "5", "5"),
+    (r"thus $\boxed -7 $", "-7", "-7"),
+    (r"\fbox{42}", "42", "42"),
+    (r"$\boxed{007}$", "007", "7"),
+    (r"$\boxed{1000}$", "1000", None),
+    (r"$\boxed{3.5}$", "3.5", None),
+    (r"\boxed{$11$}", "$11$", "11"),
+    (r"$\boxed{3", None, None),
+    ("no answer", None, None),
+    (r"\boxed", "", None),
+])
+def test_answers_are_read_from_the_last_box(solution, content, integer):
+    assert toy_tasks.boxed(solution) == content
+    assert toy_tasks.integer_answer(solution) == integer
+
+
+def problem(question, answer):
+    return {"problem": question, "level": "Level 1", "type": "Algebra", "solution": f"It is $\\boxed{{{answer}}}$."}
+
+
+MATH = {"train": [problem("What is $1+1$?", 2), problem("What is $2+3$?", 5), problem("Find $x$ in $x=2$.", 2),
+                  problem("[asy] a picture [/asy]", 3), problem("word " * 65, 4), problem("What is a half?", r"\frac12")],
+        "test": [problem("What is $3-1$?", 2), problem("What is $-3-4$?", -7), problem("Unheard of: 2+3?", 5)]}
+
+
+@pytest.fixture
+def math_dir(tmp_path):
+    for split, problems in MATH.items():
+        (tmp_path / f"{split}.jsonl").write_text("\n".join(map(json.dumps, problems)) + "\n")
+    return tmp_path
+
+
+def test_math_keeps_short_questions_with_integer_answers(math_dir):
+    task = TASKS["math"](0, math_dir)
+    assert texts(task, task.train[1]) == ["2<end>", "5<end>", "2<end>"]
+    assert texts(task, task.test[1]) == ["2<end>", "-7<end>", "5<end>"]
+    assert texts(task, task.train[0])[0] == "Whatis$1+1$?" and "<unk>" in texts(task, task.test[0])[2]
+    assert (task.train[1][0].tolist()[1:]) == [END, PAD, PAD, PAD]
+    assert task.guesses.tolist() == pytest.approx([2 / 3, 1 / 3]) and task.test_guess.tolist() == [0, -1, 1]
+    assert passn.blind_pass_at_n(task, lambda p: p, 2) == pytest.approx((8 / 9 + 0 + 5 / 9) / 3)
+
+
+def test_math_reads_the_original_release_and_the_datasets_package_alike(math_dir, tmp_path, monkeypatch):
+    release = tmp_path / "release"
+    for split, problems in MATH.items():
+        folder = release / split / "algebra"
+        folder.mkdir(parents=True)
+        for i, example in enumerate(problems, 1):
+            (folder / f"{i * 5}.json").write_text(json.dumps(example))
+    package = types.SimpleNamespace(load_dataset=lambda name, subject, split: MATH[split] if subject == "algebra" else [])
+    monkeypatch.setitem(sys.modules, "datasets", package)
+    expected = TASKS["math"](0, math_dir)
+    for task in (TASKS["math"](0, release), TASKS["math"](0)):
+        assert task.vocab == expected.vocab
+        assert all(torch.equal(a, b) for a, b in zip((*task.train, *task.test), (*expected.train, *expected.test)))
+
+
+def test_math_on_the_real_dataset():
+    if not (SHARED / "math").exists():
+        pytest.skip("no copy of MATH on this machine")
+    task = TASKS["math"](0, SHARED / "math")
+    assert len(task.train[0]) == 3022 and len(task.test[0]) == 1050  # counted once by other code
+    assert passn.blind_pass_at_n(task, lambda p: p, 64) == pytest.approx(0.532, abs=1e-3)
+    assert passn.blind_pass_at_n(task, lambda p: optimal_policy(p, 64), 64) == pytest.approx(0.579, abs=1e-3)
+
+
+# ---- theory ----------------------------------------------------------------------------------------------
+
+
+def expected_pass_at_n(p, q, N):
+    return float(p @ -np.expm1(N * np.log1p(-np.minimum(q, 1 - 1e-16))))
+
+
+@pytest.mark.parametrize("K", [2, 10, 1000])
+@pytest.mark.parametrize("N", [1, 2, 8, 64, 100_000])
+def test_no_policy_beats_the_optimal_one(K, N):
+    random = np.random.default_rng(K + N)
+    for p in (random.dirichlet(np.ones(K)), random.dirichlet(np.full(K, 0.05)), np.full(K, 1 / K)):
+        best = optimal_policy(p, N)
+        assert best.sum() == pytest.approx(1, abs=1e-9) and best.min() >= 0
+        value = expected_pass_at_n(p, best, N)
+        for rival in (p, *random.dirichlet(np.ones(K), 20), *random.dirichlet(np.full(K, 0.05), 20)):
+            for share in (1, 0.1, 1e-3):
+                assert expected_pass_at_n(p, share * rival + (1 - share) * best, N) <= value + 1e-9
+
+
+def test_optimal_policy_at_its_limits():
+    p = np.array([0.5, 0.3, 0.2, 0.0])
+    assert optimal_policy(p, 1).tolist() == [1, 0, 0, 0]
+    assert optimal_policy([0.4, 0.4, 0.2], 1).tolist() == [0.5, 0.5, 0]
+    assert optimal_policy(p, 1_000_000) == pytest.approx([1 / 3, 1 / 3, 1 / 3, 0], abs=1e-5)
+    assert optimal_policy([7], 64).tolist() == [1]
+
+
+# ---- training, runs and figures --------------------------------------------------------------------------
+
+
+def without_times(run):
+    return run | {"history": [{key: value for key, value in record.items() if key != "seconds"} for record in run["history"]]}
+
+
+def test_same_seed_same_run(tiny):
+    task = TASKS["multiply"](0, 200, 100)
+    runs = [without_times(train(task, "limited", 64, seed)[0]) for seed in (0, 0, 1)]
+    assert runs[0] == runs[1] != runs[2]
+
+
+def test_a_run_is_as_described(tiny, tmp_path):
+    run, _ = train(TASKS["multiply"](0, 200, 100), "limited", 50, path=tmp_path / "run.json")
+    assert json.loads((tmp_path / "run.json").read_text()) == run
+    assert [path.name for path in tmp_path.iterdir()] == ["run.json"]
+    assert [record["epoch"] for record in run["history"]] == [0, 1, 2]
+    assert set(run) == {"task", "loss", "N", "seed", "config", "history", "problems"}
+    last, p = run["history"][-1], torch.tensor(run["problems"]["p"])
+    for n in (1, 8, 50, 64, 512):
+        assert last["test"][f"pass@{n}"] == pytest.approx(pass_at_n(p, n).mean().item())
+    assert last["test"]["confidence"] == pytest.approx(np.mean(run["problems"]["confidence"]))
+    assert set(last["tempered"]) == {"0.7", "1.3", "1.6", "2.0", "2.5"}
+    assert set(last["train"]) == set(last["test"]) == set(last["tempered"]["0.7"])
+
+
+def test_one_problem_is_enough(tiny):
+    run, _ = train(TASKS["multiply"](0, 1, 1), "limited", 1_000_000)
+    assert 0 <= run["history"][-1]["test"]["pass@1000000"] <= 1
+
+
+def test_the_effect_in_miniature(monkeypatch):
+    """Cross-entropy's pass@64 falls as it grows confident; the limited loss's does not, and ends higher."""
+    monkeypatch.setitem(passn.SETTINGS, "multiply", TINY | dict(epochs=60, n_embd=64))
+    task = TASKS["multiply"](0, 500, 500)
+    (ce, _), (limited, _) = (train(task, loss, 64) for loss in ("ce", "limited"))
+    ce_64, limited_64 = ([record["test"]["pass@64"] for record in run["history"]] for run in (ce, limited))
+    assert ce_64[-1] < 0.6 * max(ce_64)
+    assert limited_64[-1] > 1.5 * ce_64[-1]
+    assert limited["history"][-1]["test"]["confidence"] < 0.5 * ce["history"][-1]["test"]["confidence"]
+
+
+def is_drawn(path):
+    pixels = plt.imread(path)[..., :3]
+    return pixels.shape[0] > 300 and len(np.unique(pixels.reshape(-1, 3), axis=0)) > 50
+
+
+def test_main_trains_saves_and_draws_every_saved_run(tiny, tmp_path, capsys):
+    assert main(["--loss", "limited", "--N", "64", "--out", str(tmp_path)]) == 0
+    assert main(["--loss", "ce", "--N", "10", "--seeds", "2", "--out", str(tmp_path)]) == 0
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {"multiply-limited-N64-seed0.json", "multiply-ce-N1-seed0.json", "multiply-ce-N1-seed1.json",
+                     "multiply.png"}
+    table = capsys.readouterr().out
+    for row in ("limited N=64, at the end", "cross-entropy, at the end", "cross-entropy, best epoch and temperature"):
+        assert row in table
+    assert is_drawn(tmp_path / "multiply.png")
+
+
+def test_main_draws_the_frontier(tiny, tmp_path, capsys):
+    assert main(["--frontier", "--epochs", "1", "--out", str(tmp_path)]) == 0
+    assert len(list(tmp_path.glob("*.json"))) == 4
+    assert "Best at pass@1:" in capsys.readouterr().out
+    assert is_drawn(tmp_path / "multiply-frontier.png") and is_drawn(tmp_path / "multiply.png")
+
+
+def test_main_on_math_shows_the_blind_guessers(tiny, tmp_path, math_dir, capsys):
+    assert main(["--task", "math", "--math-dir", str(math_dir), "--out", str(tmp_path / "out")]) == 0
+    table = capsys.readouterr().out
+    assert "blind, training frequencies" in table and "blind, optimal for each N" in table
+    assert is_drawn(tmp_path / "out" / "math.png")
+
+
+def fake_run(loss, pass_1, pass_64):
+    history = [{"epoch": i, "test": {"pass@1": a, "pass@64": b}, "tempered": {}}
+               for i, (a, b) in enumerate(zip(pass_1, pass_64))]
+    return {"loss": loss, "history": history}
+
+
+def test_the_sentence_says_what_the_numbers_say():
+    fell = {("ce", 1, 3): [fake_run("ce", [0.1, 0.2, 0.3], [0.1, 0.8, 0.4])],
+            ("limited", 64, 3): [fake_run("limited", [0.1, 0.1, 0.1], [0.1, 0.5, 0.6])]}
+    said = passn.in_words(fell, 64)
+    assert "peaked at 0.800 and fell to 0.400" in said and "rose from 0.200 to 0.300" in said
+    assert "ended at 0.600: 1.50 times cross-entropy's end, 0.75 times its best epoch" in said
+    assert "did not fall" in passn.in_words({("ce", 1, 3): [fake_run("ce", [0.1, 0.2], [0.1, 0.8])]}, 64)
+
+
+def test_a_broken_file_among_the_runs_is_named_and_left_out(tiny, tmp_path, capsys):
+    (tmp_path / "multiply-ce-N1-seed9.json").write_text("{")
+    assert main(["--loss", "limited", "--out", str(tmp_path)]) == 0
+    assert "multiply-ce-N1-seed9.json" in capsys.readouterr().err
+
+
+def test_interrupted_it_keeps_and_draws_what_it_has(tiny, tmp_path, monkeypatch, capsys):
+    saved, save = [], passn.save
+
+    def interrupt_third(run, path):
+        saved.append(path)
+        if len(saved) == 3:
+            raise KeyboardInterrupt
+        save(run, path)
+
+    monkeypatch.setattr(passn, "save", interrupt_third)
+    assert main(["--out", str(tmp_path)]) == 130
+    run = json.loads((tmp_path / "multiply-ce-N1-seed0.json").read_text())
+    assert [record["epoch"] for record in run["history"]] == [0, 1]
+    assert "Interrupted" in capsys.readouterr().err and is_drawn(tmp_path / "multiply.png")
+
+
+# ---- bad input -------------------------------------------------------------------------------------------
+
+
+def refused(arguments, capsys):
+    """The one line on standard error, after checking that it is one and that the exit status is 2."""
+    with pytest.raises(SystemExit) as stop:
+        main([*map(str, arguments)])
+    output = capsys.readouterr()
+    assert stop.value.code == 2 and output.out == "" and output.err.count("\n") == 1
+    return output.err
+
+
+@pytest.mark.parametrize("arguments, hint", [
+    (["--N", "0"], "from 1"), (["--N", "-3"], "from 1"), (["--N", "1.5"], "whole number"), (["--N", "x"], "whole number"),
+    (["--N", "1" * 5000], "whole number"), (["--loss", "x"], "limited"), (["--task", "x"], "multiply"),
+    (["--device", "x"], "auto"), (["--epochs", "-1"], "from 0"), (["--seeds", "0"], "from 1"), (["--nonsense"], "nonsense"),
+    (["--out", "/dev/null/x"], "folder"), (["--task", "math", "--math-dir", "/nowhere"], "train.jsonl"),
+])
+def test_bad_arguments_get_one_line(arguments, hint, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert hint in refused(arguments, capsys)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has one")
+def test_a_device_that_is_not_there_gets_one_line(capsys):
+    assert "--device auto" in refused(["--device", "cuda"], capsys)
+
+
+@pytest.mark.parametrize("content, hint", [
+    (b"", "no MATH problems"), (b"{oops\n", "line 1"), (b'{"problem": "x"}\n', "'solution'"), (b"[1]\n", "'problem'"),
+    (b'{"problem": 1, "solution": "x"}\n', "'problem'"), (b"\xff\xfe\n", "UTF-8"),
+    (json.dumps(problem("What?", "x")).encode(), "no short question"),
+])
+def test_bad_math_files_get_one_line(content, hint, capsys, math_dir, tmp_path):
+    (math_dir / "train.jsonl").write_bytes(content)
+    assert hint in refused(["--task", "math", "--math-dir", math_dir, "--out", tmp_path / "out"], capsys)
+
+
+def test_math_without_the_data_names_both_ways(capsys, monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "datasets", None)  # as if not installed
+    message = refused(["--task", "math", "--out", tmp_path], capsys)
+    assert "datasets" in message and "--math-dir" in message
+
+
+def test_math_without_network_gets_one_line(capsys, monkeypatch, tmp_path):
+    def load_dataset(*_, **__):
+        raise ConnectionError("no route\nto the hub")
+
+    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
+    assert "no route" in refused(["--task", "math", "--out", tmp_path], capsys)
+
+
+def test_as_a_program_it_exits_with_2_and_no_traceback():
+    done = subprocess.run([sys.executable, Path(passn.__file__), "--N", "0"], capture_output=True, text=True)
+    assert done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") == 1
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_cuda_learns_what_the_cpu_learns(tiny):
+    runs = [train(TASKS["multiply"](0, 200, 100), "limited", 64, device=device)[0] for device in ("cpu", "cuda")]
+    assert runs[0]["history"][-1]["loss"] == pytest.approx(runs[1]["history"][-1]["loss"], rel=1e-2)
