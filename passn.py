@@ -114,9 +114,19 @@ def overconfidence_factor(log_p, N):
     return torch.where(x < -50, torch.ones_like(x), log_factor.exp()).to(log_p.dtype)
 
 
+def coverage_loss(log_p, N):
+    """A third loss, not in the paper: -log of the batch's mean pass@N, where the limited loss is the mean of -log pass@N.
+
+    log_p: (B,). Returns a scalar, in log space throughout, so precise and finite wherever `dco_loss` is. Its gradient
+    weights each example by its share of the batch's pass@N besides F: it maximizes what the test counts, and gives up
+    the examples that cost too much of it."""
+    return math.log(len(log_p)) - torch.logsumexp(-dco_loss(log_p, N), dim=0)
+
+
 LOSSES = {  # from the batch's log_p (B,) and N to the number that is minimized
     "ce": lambda log_p, N: -log_p.mean(),
     "limited": lambda log_p, N: dco_loss(log_p, N).mean(),
+    "coverage": coverage_loss,
 }
 
 # ==========================================================================================================
@@ -252,8 +262,8 @@ def summary(log_p, log_confidence, tries):
 # ==========================================================================================================
 
 SETTINGS = {  # the same for every loss
-    "multiply": dict(epochs=100, batch_size=100, learning_rate=1e-3, n_layer=2, n_head=4, n_embd=128),
-    "math": dict(epochs=12, batch_size=50, learning_rate=1e-3, n_layer=2, n_head=4, n_embd=128),
+    "multiply": dict(epochs=70, batch_size=50, learning_rate=1e-3, n_layer=2, n_head=4, n_embd=128),
+    "math": dict(epochs=13, batch_size=50, learning_rate=2e-3, n_layer=2, n_head=4, n_embd=128),
 }
 
 
@@ -268,7 +278,9 @@ def train(task, loss="limited", N=64, seed=0, epochs=None, device="cpu", path=No
     torch.manual_seed(seed)  # the same first weights and the same order of examples for every loss
     model = GPT(len(task.vocab), prompts.shape[1] + answers.shape[1],
                 **{key: settings[key] for key in ("n_layer", "n_head", "n_embd")}).to(device)
-    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.99), weight_decay=0.0, fused=device != "mps")
+    # Adam divides the gradient by its own recent size, and so undoes what the factor F does to it when *every* example
+    # of a batch is solved. An eps far above the usual 1e-8 lets a small gradient make a small step.
+    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.99), eps=1e-3, weight_decay=0.0, fused=True)
     order = torch.Generator().manual_seed(seed)
     num_steps, step = epochs * math.ceil(len(prompts) / batch_size), 0
 
@@ -278,7 +290,7 @@ def train(task, loss="limited", N=64, seed=0, epochs=None, device="cpu", path=No
     start = time.perf_counter()
     with tqdm(total=num_steps, desc=f"{task.name} {name_of(loss, run['N'])}, seed {seed}") as bar:
         for epoch in range(epochs + 1):
-            if epoch % max(1, epochs // 25) == 0 or epoch == epochs:
+            if epoch == epochs or epoch % math.ceil(epochs / 25) == 0:
                 test_log_p, test_confidence = measure(model, test_prompts, test_answers)
                 train_log_p, train_confidence = measure(model, prompts[:500], answers[:500])  # enough, and quicker
                 test = summary(test_log_p[0], test_confidence[0], tries)
@@ -286,7 +298,7 @@ def train(task, loss="limited", N=64, seed=0, epochs=None, device="cpu", path=No
                     "epoch": epoch, "loss": LOSSES[loss](train_log_p[0], N).item(),
                     "seconds": round(time.perf_counter() - start, 2), "test": test,
                     "train": summary(train_log_p[0], train_confidence[0], tries),
-                    "tempered": {str(T): summary(test_log_p[i], test_confidence[i], tries)
+                    "tempered": {f"{T:g}": summary(test_log_p[i], test_confidence[i], tries)
                                  for i, T in enumerate(TEMPERATURES) if T != 1}})
                 run["problems"] = {"p": test_log_p[0].exp().tolist(), "confidence": test_confidence[0].exp().tolist()}
                 if path:
@@ -322,12 +334,15 @@ def save(run, path):
 
 # ==========================================================================================================
 # 6. Theory
+#
+# Why does each loss do what it does? Take the network away. Where the answer stays uncertain (answer y is right with
+# probability p_y, and nothing in the question tells more), a policy q over the answers reaches
+# pass@N = Σ_y p_y (1 - (1 - q_y)^N). Which q is best, and where does each loss lead?
 # ==========================================================================================================
 
 
 def optimal_policy(p, N):
-    """The policy q that maximizes pass@N = Σ_i p_i (1 - (1 - q_i)^N) over Σ_i q_i = 1, where the answer stays
-    uncertain: candidate i is right with probability p_i, whatever the sampler does.
+    """The policy q that maximizes pass@N = Σ_i p_i (1 - (1 - q_i)^N) over Σ_i q_i = 1; the coverage loss tends to it.
 
     The derivative of the Lagrangian, N p_i (1 - q_i)^(N-1) - N λ, is zero, or the answer is given up, so
         q_i = max(0, 1 - (λ / p_i)^(1/(N-1))),
@@ -340,12 +355,77 @@ def optimal_policy(p, N):
         best = p == p.max()
         return best / best.sum()
     order = np.argsort(-p, kind="stable")[:np.count_nonzero(p)]
-    height = (p[order[0]] / p[order]) ** (1 / (N - 1))  # ≥ 1, growing: how much water an answer needs
+    log_height = (np.log(p[order[0]]) - np.log(p[order])) / (N - 1)  # ≥ 0 and growing
+    height = np.exp(np.minimum(log_height, 700))
     total = np.cumsum(height)
     k = np.count_nonzero(np.arange(len(height)) * height < total)
     q = np.zeros_like(p)
     q[order[:k]] = 1 - (k - 1) * height[:k] / total[k - 1]
     return q
+
+
+def limited_policy(p, N):
+    """The policy q that minimizes the limited loss, Σ_i p_i L_N(q_i) over Σ_i q_i = 1: where that loss tends.
+
+    The derivative of the Lagrangian is zero where
+        N p_i (1 - q_i)^(N-1) / (1 - (1 - q_i)^N) = λ   for every i,
+    that is p_i F(N, q_i) / q_i = λ. Where q_i ≪ 1/N, F is 1 and q_i = p_i / λ, in proportion as cross-entropy has it
+    (for N = 1 everywhere: q = p); beyond 1/N, q_i is held back. The logarithm gives no possible answer up.
+    Solved by bisection, in u = -log(1 - q): every u_i given the likeliest answer's, and that one by the sum.
+    p: (K,) numbers from 0 on, not all 0. Returns (K,), float64 numpy, sum 1 within 1e-9."""
+    p = np.asarray(p, dtype=np.float64)
+    if N == 1 or np.count_nonzero(p) == 1:
+        return p / p.sum()
+    log_odds = np.log(p.max()) - np.log(p[p > 0])
+
+    def pull(log_u):  # log(λ / p_i), decreasing in u_i
+        u = np.exp(log_u)
+        return math.log(N) - (N - 1) * u - np.log(-np.expm1(-N * u))
+
+    def bisect(is_low, low, high):
+        for _ in range(80):
+            middle = (low + high) / 2
+            low, high = np.where(is_low(middle), middle, low), np.where(is_low(middle), high, middle)
+        return low
+
+    def policy(top):  # top: log u of the likeliest answer
+        target = pull(top) + log_odds
+        return -np.expm1(-np.exp(bisect(lambda log_u: pull(log_u) > target, np.full(len(target), -745.0), top)))
+
+    q = np.zeros_like(p)
+    q[p > 0] = policy(bisect(lambda top: policy(top).sum() < 1, math.log(0.5 / len(log_odds)), math.log(40)))
+    return q
+
+
+def confident_pass_at_n(c, N, a, K):
+    """The one-parameter picture. A model puts probability c, its confidence, on its favourite answer, which is right
+    with probability a, and spreads the rest evenly over the K - 1 others:
+        pass@N(c) = a (1 - (1 - c)^N) + (1 - a) (1 - (1 - (1 - c) / (K - 1))^N).
+    At c = 1 that is a for every N: no amount of sampling helps. c: a number or an array."""
+    return a * pass_at_n(c, N) + (1 - a) * pass_at_n((1 - torch.as_tensor(c)) / (K - 1), N)
+
+
+def best_confidence(N, a, K):
+    """The c that maximizes `confident_pass_at_n`: the optimal policy's first entry where one answer is right with
+    probability a and the others share 1 - a (equal answers get equal q, so the picture's family holds the optimum)."""
+    return optimal_policy([a] + [(1 - a) / (K - 1)] * (K - 1), N)[0]
+
+
+def descend(weights, loss, N, num_steps, learning_rate):
+    """Gradient descent on bare logits z (P, K), q = softmax(z), a row for each problem, from z = 0. Yields q (P, K)
+    at every step. weights (P, K): how often the loss sees each answer, rows of sum 1. With the probabilities p it
+    minimizes the loss over the whole population, Σ_y p_y L_N(q_y); with a 1 a row, over one sampled label each."""
+    logits = torch.zeros_like(weights, requires_grad=True)
+    for _ in range(num_steps):
+        log_q = F.log_softmax(logits, dim=-1)
+        yield log_q.detach().exp()
+        losses = dco_loss(log_q, 1 if loss == "ce" else N)
+        if loss == "coverage":  # -log of the mean of p · pass@N; its gradient is the mean's over all problems
+            value = -torch.logsumexp(torch.log(weights) - losses, dim=(0, 1)) * len(weights)
+        else:
+            value = (weights * losses).sum()
+        gradient, = torch.autograd.grad(value, logits)
+        logits = (logits - learning_rate * gradient).detach().requires_grad_()
 
 
 def blind_pass_at_n(task, policy, N):
@@ -359,7 +439,7 @@ def blind_pass_at_n(task, policy, N):
 # 7. Tables and figures, from the saved runs
 # ==========================================================================================================
 
-COLORS = {"ce": "#D55E00", "limited": "#0072B2"}  # these and the next from Okabe and Ito, safe for the colour-blind
+COLORS = {"ce": "#D55E00", "limited": "#0072B2", "coverage": "#009E73"}  # these and the next from Okabe and Ito, safe for the colour-blind
 MORE_COLORS = ["#CC79A7", "#E69F00", "#56B4E9", "#000000"]
 
 
@@ -374,9 +454,12 @@ def load_runs(out, task_name):
     for path in sorted(Path(out).glob(f"{task_name}-*-seed*.json")):
         try:
             run = json.loads(path.read_text())
-            groups[run["loss"], run["N"], run["config"]["epochs"]].append(run)
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            print(f"left out {path}, which is not a run's file ({error!r})", file=sys.stderr)
+            key = run["loss"], run["N"], run["config"]["epochs"]
+            run["history"][-1]["tempered"], run["problems"]["confidence"]
+        except (OSError, ValueError, LookupError, TypeError) as error:
+            print(f"left out {path}, which is not a run's file ({error!r}); remove it", file=sys.stderr)
+        else:
+            groups[key].append(run)
     return {key: groups[key] for key in sorted(groups)}
 
 
@@ -418,7 +501,8 @@ def at(run, N, stage):
     return max(candidates, key=lambda test: test[f"pass@{N}"])
 
 
-STAGES = {"ce": ["at the end", "best epoch", "best epoch and temperature"], "limited": ["at the end"]}
+STAGES = {"ce": ["at the end", "best epoch", "best epoch and temperature"], "limited": ["at the end"],
+          "coverage": ["at the end", "best epoch"]}
 
 
 def print_table(groups, task, N):
@@ -446,6 +530,7 @@ def blind_policies(task):
     """{name: N -> the policy}, for tasks whose answers can be guessed."""
     return {} if task.guesses is None else {
         "blind, training frequencies": lambda N: lambda p: p,
+        "blind, where the limited loss tends for each N": lambda N: lambda p: limited_policy(p, N),
         "blind, optimal for each N": lambda N: lambda p: optimal_policy(p, N)}
 
 
@@ -486,9 +571,10 @@ def draw(groups, task, N, path):
         axis.plot(xs, mean, **style)
         axis.fill_between(xs, mean - error, mean + error, color=style["color"], alpha=0.2, linewidth=0)
 
+    temperatures = sorted(TEMPERATURES)
+    by_T = lambda record: [(record["tempered"] | {"1": record["test"]})[f"{T:g}"][f"pass@{N}"] for T in temperatures]
     for key, runs in groups.items():
         color, label = colors[key], labels[key]
-        budgets = [n for n in TRIES if n <= 512]
         for axis, n in ((pass_1, 1), (pass_N, N)):
             line(axis, *curve(runs, lambda record: record["test"][f"pass@{n}"]), color=color)
         line(confidence, *curve(runs, lambda record: record["test"]["confidence"]), color=color)
@@ -500,12 +586,12 @@ def draw(groups, task, N, path):
         for stage, style in (("at the end", "-"), ("best epoch", "--")):
             if stage == "at the end" or key[0] == "ce":
                 shown = f"{label}, {stage}" if key[0] == "ce" else label
-                line(tries, budgets, *mean_and_error([[at(run, N, stage)[f"pass@{n}"] for n in budgets] for run in runs]),
+                line(tries, TRIES, *mean_and_error([[at(run, N, stage)[f"pass@{n}"] for n in TRIES] for run in runs]),
                      color=color, linestyle=style, label=shown)
-                records = [next(r for r in run["history"] if r["test"] is at(run, N, stage)) for run in runs]
-                line(temperature, sorted(TEMPERATURES), *mean_and_error(
-                    [[(r["tempered"] | {"1.0": r["test"]})[str(T)][f"pass@{N}"] for T in sorted(TEMPERATURES)]
-                     for r in records]), color=color, linestyle=style, marker="o", markersize=4)
+                by_temperature = [[by_T(record) for record in run["history"]] for run in runs]  # (seeds, epochs, T)
+                line(temperature, temperatures, *mean_and_error(
+                    [values[-1] if stage == "at the end" else np.max(values, axis=0) for values in by_temperature]),
+                    color=color, linestyle=style, marker="o", markersize=4)
         if key[0] == "ce":
             epochs, mean, _ = curve(runs, lambda record: record["test"][f"pass@{N}"])
             best = int(np.argmax(mean))
@@ -513,9 +599,9 @@ def draw(groups, task, N, path):
                 _, values, _ = curve(runs, lambda record: record["test"][f"pass@{n}"])
                 axis.plot(epochs[best], values[best], "*", color=color, markersize=15, markeredgecolor="black")
 
-    for (label, policy), style in zip(blind_policies(task).items(), ("-.", ":")):
-        blind = [blind_pass_at_n(task, policy(n), n) for n in budgets]
-        tries.plot(budgets, blind, color="grey", linestyle=style, label=label)
+    for (label, policy), style in zip(blind_policies(task).items(), (":", "--", "-.")):
+        blind = [blind_pass_at_n(task, policy(n), n) for n in TRIES]
+        tries.plot(TRIES, blind, color="grey", linestyle=style, label=label)
         for axis, n in ((pass_1, 1), (pass_N, N)):
             axis.axhline(blind_pass_at_n(task, policy(n), n), color="grey", linestyle=style)
 
@@ -525,7 +611,7 @@ def draw(groups, task, N, path):
             (confidence, "confidence (solid: test, dotted: train)", "epoch"),
             (histogram, "confidence at the end", "confidence in the greedy answer"),
             (tries, "pass@N against N", "tries N"),
-            (temperature, f"pass@{N} against temperature", "sampling temperature T")):
+            (temperature, f"pass@{N} against temperature (dashed: best epoch for each)", "sampling temperature T")):
         axis.set(title=title, xlabel=x, ylabel="share of test problems")
         axis.spines[["top", "right"]].set_visible(False)
         axis.set_ylim(bottom=0)
@@ -572,6 +658,70 @@ def frontier(groups, path):
     plt.close(figure)
 
 
+def theory(groups, N, file):
+    """The demo: the figure's four panels in the order of the argument, and two tables. Trains no network."""
+    a, K = 0.1, 500  # the one-parameter picture's
+    p = 1 / np.arange(1, 101) ** 1.2  # one uncertain question: 100 answers, the r-th likeliest right in proportion r^-1.2
+    p /= p.sum()
+    print(f"The best confidence in an answer that is right with probability {a}, among {K}:")
+    print_rows([f"N={n}" for n in COLUMNS], {"best c": [[best_confidence(n, a, K) for n in COLUMNS]]})
+    print("\npass@N of policies over 100 answers of probabilities p ~ 1/rank^1.2:")
+    policies = {"q = p (cross-entropy tends here)": p, f"the limited loss, N={N}, tends here": limited_policy(p, N)}
+    policies |= {f"the optimum for N={n} (the coverage loss)": optimal_policy(p, n) for n in COLUMNS}
+    print_rows([f"pass@{n}" for n in COLUMNS],
+               {name: [[float(p @ pass_at_n(q, n).numpy()) for n in COLUMNS]] for name, q in policies.items()})
+
+    colors = dict(zip(COLUMNS, ["#000000", "#E69F00", "#0072B2", "#009E73"]))
+    figure, ((factor, ranked), (confidence, steps)) = plt.subplots(2, 2, figsize=(12, 8.6), layout="constrained")
+    ps = np.logspace(-5, 0, 400)[:-1]
+    for n, color in colors.items():
+        factor.plot(ps, overconfidence_factor(torch.tensor(np.log(ps)), n), color=color, label=f"N = {n}")
+        factor.axvline(1 / n, color=color, linestyle=":")
+    factor.set(title="(a) An example stops pulling near p = 1/N (dotted)", xscale="log", ylim=(0, 1.05),
+               xlabel="p, probability that one try is right", ylabel="overconfidence factor F(N, p)")
+    factor.legend(frameon=False, loc="lower left")
+
+    ranks = np.arange(1, len(p) + 1)
+    for (name, q), color, style in zip(
+            {"cross-entropy: q = p": p, "limited loss": limited_policy(p, N), "best for pass@N": optimal_policy(p, N)}.items(),
+            (COLORS["ce"], COLORS["limited"], COLORS["coverage"]), ("-", "--", "-.")):
+        ranked.plot(ranks[q > 0], q[q > 0], color=color, linestyle=style, label=name)
+    ranked.axhline(1 / N, color="grey", linestyle=":")
+    ranked.text(100, 1.08 / N, f"1/N = 1/{N}", color="grey", ha="right")
+    ranked.set(title=f"(b) Where the losses tend on an uncertain question, N = {N}", xscale="log", yscale="log",
+               xlabel="answer, by rank", ylabel="probability q given to the answer")
+    ranked.legend(frameon=False, loc="lower left")
+
+    cs = np.concatenate([np.logspace(math.log10(1 / K), -0.01, 300), 1 - np.logspace(-2, -6, 30)])
+    for n, color in colors.items():
+        best = best_confidence(n, a, K)
+        confidence.plot(cs, confident_pass_at_n(cs, n, a, K), color=color, label=f"N = {n}")
+        confidence.plot(best, confident_pass_at_n(best, n, a, K), "o", color=color, markeredgecolor="white", markersize=9)
+    for (loss, n, _), runs in groups.items():
+        if loss == "ce" or n == N:
+            path_c, path_pass = (curve(runs, lambda record: record["test"][key])[1] for key in ("confidence", f"pass@{N}"))
+            confidence.plot(path_c, path_pass, ".--", color=COLORS[loss], linewidth=1,
+                            label=f"trained: {name_of(loss, n)}, pass@{N}")
+    confidence.set(title="(c) The best confidence (dots) falls as N grows", xscale="log", ylim=(0, 1.02),
+                   xlabel=f"confidence c in a favourite that is right with probability {a}", ylabel="pass@N")
+    confidence.legend(frameon=False, loc="upper left", fontsize="small", bbox_to_anchor=(0, 0.97))
+
+    random = np.random.default_rng(0)
+    labels = random.choice(len(p), size=50, p=p)  # 50 problems alike, one sampled label each: the training set
+    weights = F.one_hot(torch.from_numpy(labels), len(p)).double()
+    population = torch.from_numpy(p)
+    for loss, width in zip(LOSSES, (2, 2, 6)):  # every label starts alike, so the limited and coverage losses coincide
+        path = [(pass_at_n(q, N) @ population).mean() for q in descend(weights, loss, N, 500, 1.0)]
+        steps.plot(path, color=COLORS[loss], linewidth=width, alpha=1 if width == 2 else 0.4, label=name_of(loss, N))
+    steps.set(title="(d) No network: bare logits, one sampled label a problem", xscale="symlog", ylim=(0, 1),
+              xlabel="step of gradient descent", ylabel=f"pass@{N} on fresh labels")
+    steps.legend(frameon=False, loc="lower left")
+    for axis in figure.axes:
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.savefig(file, dpi=110)
+    plt.close(figure)
+
+
 # ==========================================================================================================
 # 8. Command line
 # ==========================================================================================================
@@ -583,7 +733,7 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
     parser.error = fail
     parser.add_argument("--task", choices=TASKS, default="multiply")
-    parser.add_argument("--loss", choices=["both", *LOSSES], default="both")
+    parser.add_argument("--loss", choices=["both", "all", *LOSSES], default="both")
     parser.add_argument("--N", type=whole(1), default=64, help="tries: the limited loss trains for this pass@N")
     parser.add_argument("--epochs", type=whole(0), help="default: the task's own, in SETTINGS")
     parser.add_argument("--seed", type=whole(0), default=0)
@@ -592,6 +742,7 @@ def main(argv=None):
     parser.add_argument("--out", default="out", help="the folder for runs and figures")
     parser.add_argument("--math-dir", help="the MATH dataset's folder; without it, the datasets package fetches it")
     parser.add_argument("--frontier", action="store_true", help="train with N = 1, 8, 64 and 512, and compare")
+    parser.add_argument("--theory", action="store_true", help="train nothing: draw why each loss does what it does")
     args = parser.parse_args(argv)
     device = choose_device(args.device)
     out = Path(args.out)
@@ -601,7 +752,12 @@ def main(argv=None):
     except OSError as error:
         fail(f"cannot write to --out {out} ({error.strerror}): give a folder that you may write to")
 
-    losses = ["ce", "limited"] if args.loss == "both" else [args.loss]
+    if args.theory:
+        theory(load_runs(out, args.task), args.N, out / "theory.png")
+        print(f"Figure: {out / 'theory.png'}")
+        return 0
+
+    losses = {"both": ["ce", "limited"], "all": [*LOSSES]}.get(args.loss, [args.loss])
     recipes = [("limited" if N > 1 else "ce", N) for N in FRONTIER] if args.frontier else [(l, args.N) for l in losses]
     interrupted = False
     try:
