@@ -695,16 +695,18 @@ def theory(groups, N, file):
     cs = np.concatenate([np.logspace(math.log10(1 / K), -0.01, 300), 1 - np.logspace(-2, -6, 30)])
     for n, color in colors.items():
         best = best_confidence(n, a, K)
-        confidence.plot(cs, confident_pass_at_n(cs, n, a, K), color=color, label=f"N = {n}")
-        confidence.plot(best, confident_pass_at_n(best, n, a, K), "o", color=color, markeredgecolor="white", markersize=9)
+        top = confident_pass_at_n(best, n, a, K)
+        confidence.plot(cs, confident_pass_at_n(cs, n, a, K), color=color)
+        confidence.plot(best, top, "o", color=color, markeredgecolor="white", markersize=9)
+        confidence.annotate(f"N = {n}", (best, top), (0, 8), textcoords="offset points", color=color, ha="center")
     for (loss, n, _), runs in groups.items():
-        if loss == "ce" or n == N:
+        if n in (1, N) and all(f"pass@{N}" in run["history"][0]["test"] for run in runs):
             path_c, path_pass = (curve(runs, lambda record: record["test"][key])[1] for key in ("confidence", f"pass@{N}"))
             confidence.plot(path_c, path_pass, ".--", color=COLORS[loss], linewidth=1,
                             label=f"trained: {name_of(loss, n)}, pass@{N}")
-    confidence.set(title="(c) The best confidence (dots) falls as N grows", xscale="log", ylim=(0, 1.02),
+        confidence.legend(frameon=False, loc="upper left")
+    confidence.set(title="(c) The best confidence (dots) falls as N grows", xscale="log", ylim=(0, 1.1),
                    xlabel=f"confidence c in a favourite that is right with probability {a}", ylabel="pass@N")
-    confidence.legend(frameon=False, loc="upper left", fontsize="small", bbox_to_anchor=(0, 0.97))
 
     random = np.random.default_rng(0)
     labels = random.choice(len(p), size=50, p=p)  # 50 problems alike, one sampled label each: the training set
