@@ -49,14 +49,17 @@ def estimate_pass_at_n(num_samples, num_correct, N):
 
     1 - C(n - c, N) / C(n, N): the share of all choices of N among the n samples that hold a right one, here as the
     product 1 - Π_{j<c} (1 - N / (n - j)). (Putting c / n for p into the formula above would be biased.)
-    num_correct: a number or a tensor of any shape, from 0 to n. Raises ValueError where N > n.
+    num_correct: a number or a tensor of any shape, from 0 to n. Raises ValueError where N > n or c > n.
     Source: Chen et al. 2021, arXiv 2107.03374."""
     if not 1 <= N <= num_samples:
         raise ValueError(f"pass@{N} cannot be estimated from {num_samples} samples: draw at least N")
+    num_correct = torch.as_tensor(num_correct)
+    if ((num_correct < 0) | (num_correct > num_samples)).any():
+        raise ValueError(f"of {num_samples} samples, 0 to {num_samples} can be right")
     j = torch.arange(num_samples, dtype=torch.float64)
     all_fail = torch.cumprod((1 - N / (num_samples - j)).clamp(min=0), dim=0)  # [c - 1]: C(n - c, N) / C(n, N)
     all_fail = torch.cat([torch.ones(1, dtype=torch.float64), all_fail])
-    return 1 - all_fail[torch.as_tensor(num_correct)]
+    return 1 - all_fail[num_correct.long()]
 
 
 # ==========================================================================================================
@@ -115,7 +118,7 @@ def overconfidence_factor(log_p, N):
 
 
 def coverage_loss(log_p, N):
-    """A third loss, not in the paper: -log of the batch's mean pass@N, where the limited loss is the mean of -log pass@N.
+    """A third loss, not in the paper: -log of the batch's mean pass@N; the limited loss is the mean of -log pass@N.
 
     log_p: (B,). Returns a scalar, in log space throughout, so precise and finite wherever `dco_loss` is. Its gradient
     weights each example by its share of the batch's pass@N besides F: it maximizes what the test counts, and gives up
@@ -261,9 +264,12 @@ def summary(log_p, log_confidence, tries):
 # One loop for every loss and task. A run is a plain dictionary, saved after every evaluation.
 # ==========================================================================================================
 
-SETTINGS = {  # the same for every loss
-    "multiply": dict(epochs=70, batch_size=50, learning_rate=1e-3, n_layer=2, n_head=4, n_embd=128),
-    "math": dict(epochs=13, batch_size=50, learning_rate=2e-3, n_layer=2, n_head=4, n_embd=128),
+# The same for every loss. Adam divides the gradient by its own recent size, and so undoes what the factor F does to it
+# where *every* example is nearly solved. An eps far above the usual 1e-8, near the size of such a gradient's entries,
+# lets a small gradient make a small step.
+SETTINGS = {
+    "multiply": dict(epochs=70, batch_size=50, learning_rate=1e-3, adam_eps=1e-3, n_layer=2, n_head=4, n_embd=128),
+    "math": dict(epochs=18, batch_size=50, learning_rate=4e-3, adam_eps=1e-2, n_layer=2, n_head=4, n_embd=128),
 }
 
 
@@ -278,9 +284,8 @@ def train(task, loss="limited", N=64, seed=0, epochs=None, device="cpu", path=No
     torch.manual_seed(seed)  # the same first weights and the same order of examples for every loss
     model = GPT(len(task.vocab), prompts.shape[1] + answers.shape[1],
                 **{key: settings[key] for key in ("n_layer", "n_head", "n_embd")}).to(device)
-    # Adam divides the gradient by its own recent size, and so undoes what the factor F does to it when *every* example
-    # of a batch is solved. An eps far above the usual 1e-8 lets a small gradient make a small step.
-    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.99), eps=1e-3, weight_decay=0.0, fused=True)
+    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.99), eps=settings["adam_eps"], weight_decay=0.0,
+                                  fused=True)
     order = torch.Generator().manual_seed(seed)
     num_steps, step = epochs * math.ceil(len(prompts) / batch_size), 0
 
@@ -303,8 +308,8 @@ def train(task, loss="limited", N=64, seed=0, epochs=None, device="cpu", path=No
                 run["problems"] = {"p": test_log_p[0].exp().tolist(), "confidence": test_confidence[0].exp().tolist()}
                 if path:
                     save(run, path)
-                bar.set_postfix_str(f"epoch {epoch}, loss {run['history'][-1]['loss']:.2f}, pass@1 {test['pass@1']:.3f}, "
-                                    f"pass@{N} {test[f'pass@{N}']:.3f}, confidence {test['confidence']:.2f}")
+                shown = [f"{key} {test[key]:.3f}" for key in dict.fromkeys(["pass@1", f"pass@{N}", "confidence"])]
+                bar.set_postfix_str(", ".join([f"epoch {epoch}, loss {run['history'][-1]['loss']:.2f}", *shown]))
             if epoch == epochs:
                 break
             for batch in torch.randperm(len(prompts), generator=order).to(device).split(batch_size):
@@ -439,7 +444,8 @@ def blind_pass_at_n(task, policy, N):
 # 7. Tables and figures, from the saved runs
 # ==========================================================================================================
 
-COLORS = {"ce": "#D55E00", "limited": "#0072B2", "coverage": "#009E73"}  # these and the next from Okabe and Ito, safe for the colour-blind
+# Okabe and Ito's colours, which the colour-blind can tell apart.
+COLORS = {"ce": "#D55E00", "limited": "#0072B2", "coverage": "#009E73"}
 MORE_COLORS = ["#CC79A7", "#E69F00", "#56B4E9", "#000000"]
 
 
@@ -542,7 +548,8 @@ def in_words(groups, N):
                                for stage in ("at the end", "best epoch", "best epoch and temperature"))
         if key[0] == "ce":
             rival = rival or (end, best, tempered)
-            first, last = (np.mean([at(run, N, stage)["pass@1"] for run in runs]) for stage in ("best epoch", "at the end"))
+            first, last = (np.mean([at(run, N, stage)["pass@1"] for run in runs])
+                           for stage in ("best epoch", "at the end"))
             moved = f"{'rose' if last > first else 'fell'} from {first:.3f} to {last:.3f}"
             sentences.append(
                 f"Cross-entropy's pass@{N} peaked at {best:.3f} and fell to {end:.3f} with more training, while its "
@@ -579,9 +586,8 @@ def draw(groups, task, N, path):
             line(axis, *curve(runs, lambda record: record["test"][f"pass@{n}"]), color=color)
         line(confidence, *curve(runs, lambda record: record["test"]["confidence"]), color=color)
         line(confidence, *curve(runs, lambda record: record["train"]["confidence"]), color=color, linestyle=":")
-        histogram.hist(np.concatenate([run["problems"]["confidence"] for run in runs]), bins=np.linspace(0, 1, 26),
-                       weights=np.full(sum(len(run["problems"]["confidence"]) for run in runs),
-                                       1 / sum(len(run["problems"]["confidence"]) for run in runs)),
+        values = np.concatenate([run["problems"]["confidence"] for run in runs])
+        histogram.hist(values, bins=np.linspace(0, 1, 26), weights=np.full(len(values), 1 / len(values)),
                        histtype="stepfilled", color=color, alpha=0.35, edgecolor=color)
         for stage, style in (("at the end", "-"), ("best epoch", "--")):
             if stage == "at the end" or key[0] == "ce":
@@ -634,10 +640,11 @@ def frontier(groups, path):
             for key, runs in groups.items()}
     print_rows(columns, rows)
     means = np.array([mean_and_error(values)[0] for values in rows.values()])  # (trained with, tested with)
-    print("Best " + ", ".join(f"at {column}: {list(labels.values())[i]}" for column, i in zip(columns, means.argmax(0))))
+    print("Best " + ", ".join(f"at {column}: {[*labels.values()][i]}" for column, i in zip(columns, means.argmax(0))))
 
     figure, (curves, matrix) = plt.subplots(1, 2, figsize=(12, 4.6), layout="constrained")
-    for (key, runs), color, marker in zip(groups.items(), [COLORS["ce"], "#E69F00", COLORS["limited"], "#009E73"], "o^sD"):
+    colors = [COLORS["ce"], "#E69F00", COLORS["limited"], COLORS["coverage"]]
+    for (key, runs), color, marker in zip(groups.items(), colors, "o^sD"):
         mean, error = mean_and_error([[run["history"][-1]["test"][f"pass@{n}"] for n in TRIES] for run in runs])
         curves.errorbar(TRIES, mean, error, color=color, marker=marker, label=labels[key], capsize=2)
     curves.set_xscale("log", base=2)
@@ -661,7 +668,7 @@ def frontier(groups, path):
 def theory(groups, N, file):
     """The demo: the figure's four panels in the order of the argument, and two tables. Trains no network."""
     a, K = 0.1, 500  # the one-parameter picture's
-    p = 1 / np.arange(1, 101) ** 1.2  # one uncertain question: 100 answers, the r-th likeliest right in proportion r^-1.2
+    p = 1 / np.arange(1, 101) ** 1.2  # one uncertain question: 100 answers, the r-th likeliest with p ~ r^-1.2
     p /= p.sum()
     print(f"The best confidence in an answer that is right with probability {a}, among {K}:")
     print_rows([f"N={n}" for n in COLUMNS], {"best c": [[best_confidence(n, a, K) for n in COLUMNS]]})
@@ -682,9 +689,9 @@ def theory(groups, N, file):
     factor.legend(frameon=False, loc="lower left")
 
     ranks = np.arange(1, len(p) + 1)
-    for (name, q), color, style in zip(
-            {"cross-entropy: q = p": p, "limited loss": limited_policy(p, N), "best for pass@N": optimal_policy(p, N)}.items(),
-            (COLORS["ce"], COLORS["limited"], COLORS["coverage"]), ("-", "--", "-.")):
+    for name, q, color, style in (("cross-entropy: q = p", p, COLORS["ce"], "-"),
+                                  ("limited loss", limited_policy(p, N), COLORS["limited"], "--"),
+                                  ("coverage loss, best for pass@N", optimal_policy(p, N), COLORS["coverage"], "-.")):
         ranked.plot(ranks[q > 0], q[q > 0], color=color, linestyle=style, label=name)
     ranked.axhline(1 / N, color="grey", linestyle=":")
     ranked.text(100, 1.08 / N, f"1/N = 1/{N}", color="grey", ha="right")
@@ -701,7 +708,8 @@ def theory(groups, N, file):
         confidence.annotate(f"N = {n}", (best, top), (0, 8), textcoords="offset points", color=color, ha="center")
     for (loss, n, _), runs in groups.items():
         if n in (1, N) and all(f"pass@{N}" in run["history"][0]["test"] for run in runs):
-            path_c, path_pass = (curve(runs, lambda record: record["test"][key])[1] for key in ("confidence", f"pass@{N}"))
+            path_c, path_pass = (curve(runs, lambda record: record["test"][key])[1]
+                                 for key in ("confidence", f"pass@{N}"))
             confidence.plot(path_c, path_pass, ".--", color=COLORS[loss], linewidth=1,
                             label=f"trained: {name_of(loss, n)}, pass@{N}")
         confidence.legend(frameon=False, loc="upper left")
@@ -739,7 +747,7 @@ def main(argv=None):
     parser.add_argument("--N", type=whole(1), default=64, help="tries: the limited loss trains for this pass@N")
     parser.add_argument("--epochs", type=whole(0), help="default: the task's own, in SETTINGS")
     parser.add_argument("--seed", type=whole(0), default=0)
-    parser.add_argument("--seeds", type=whole(1), default=1, help="train this many seeds, from --seed on")
+    parser.add_argument("--seeds", type=whole(1, 1000), default=1, help="train this many seeds, from --seed on")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto")
     parser.add_argument("--out", default="out", help="the folder for runs and figures")
     parser.add_argument("--math-dir", help="the MATH dataset's folder; without it, the datasets package fetches it")
@@ -761,18 +769,21 @@ def main(argv=None):
 
     losses = {"both": ["ce", "limited"], "all": [*LOSSES]}.get(args.loss, [args.loss])
     recipes = [("limited" if N > 1 else "ce", N) for N in FRONTIER] if args.frontier else [(l, args.N) for l in losses]
+    seeds = range(args.seed, args.seed + args.seeds)
+    tasks = [build(args.task, seed, args.math_dir) for seed in seeds]
     interrupted = False
     try:
-        for seed in range(args.seed, args.seed + args.seeds):
-            task = build(args.task, seed, args.math_dir)
+        for seed, task in zip(seeds, tasks):
             for loss, N in recipes:
                 path = out / f"{task.name}-{loss}-N{1 if loss == 'ce' else N}-seed{seed}.json"
                 train(task, loss, N, seed, args.epochs, device, path)
     except KeyboardInterrupt:
         interrupted = True
         print(f"\nInterrupted; what was measured until then is kept in {out}", file=sys.stderr)
+    except OSError as error:
+        fail(f"cannot write to --out {out} ({error.strerror}): make room there; what was saved before is kept")
 
-    groups = load_runs(out, task.name)
+    task, groups = tasks[0], load_runs(out, args.task)
     if args.frontier and not interrupted:
         epochs = SETTINGS[task.name]["epochs"] if args.epochs is None else args.epochs
         ends = [("ce" if N == 1 else "limited", N, epochs) for N in FRONTIER]

@@ -22,7 +22,7 @@ from passn import (GPT, answer_log_p, answer_logits, coverage_loss, dco_loss, es
 from toy_tasks import END, PAD, TASKS
 
 SHARED = Path(__file__).resolve().parent.parent / "shared"
-TINY = dict(epochs=2, batch_size=50, learning_rate=1e-3, n_layer=1, n_head=2, n_embd=16)
+TINY = dict(epochs=2, batch_size=50, learning_rate=1e-3, adam_eps=1e-3, n_layer=1, n_head=2, n_embd=16)
 
 
 @pytest.fixture
@@ -66,6 +66,9 @@ def test_estimator_is_unbiased():
 def test_estimator_refuses_more_tries_than_samples():
     with pytest.raises(ValueError, match="draw at least N"):
         estimate_pass_at_n(10, 1, 11)
+    for c in (-1, 11):
+        with pytest.raises(ValueError, match="0 to 10"):
+            estimate_pass_at_n(10, [0, c], 2)
 
 
 # ---- the loss --------------------------------------------------------------------------------------------
@@ -229,7 +232,8 @@ def test_confidence_is_the_probability_of_the_greedy_answer():
         tokens, log_p = prompt[None], 0.0
         for _ in range(3):  # by hand: the likeliest token after the likeliest token …
             best = torch.log_softmax(model(tokens)[0, -1], -1).max(0)
-            tokens, log_p = torch.cat([tokens, best.indices[None, None]], 1), log_p + best.values * (best.indices != PAD)
+            tokens = torch.cat([tokens, best.indices[None, None]], 1)
+            log_p += best.values * (best.indices != PAD)
             if best.indices == END:
                 break
         assert got.item() == pytest.approx(float(log_p), abs=1e-5)
@@ -314,8 +318,10 @@ def test_math_reads_the_original_release_and_the_datasets_package_alike(math_dir
         folder.mkdir(parents=True)
         for i, example in enumerate(problems, 1):
             (folder / f"{i * 5}.json").write_text(json.dumps(example))
-    package = types.SimpleNamespace(load_dataset=lambda name, subject, split: MATH[split] if subject == "algebra" else [])
-    monkeypatch.setitem(sys.modules, "datasets", package)
+    def load_dataset(name, subject, split):
+        return MATH[split] if subject == "algebra" else []
+
+    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
     expected = TASKS["math"](0, math_dir)
     for task in (TASKS["math"](0, release), TASKS["math"](0)):
         assert task.vocab == expected.vocab
@@ -359,7 +365,8 @@ def test_optimal_policy_at_its_limits():
     assert optimal_policy([7], 64).tolist() == [1]
 
 @pytest.mark.parametrize("N", [2, 8, 64, 100_000])
-@pytest.mark.parametrize("p", [[0.7, 0.2, 0.1], [0.5, 0.5, 0.0], [1 - 1e-9, 1e-9], *np.random.default_rng(0).dirichlet(np.full(30, 0.3), 3)])
+@pytest.mark.parametrize("p", [[0.7, 0.2, 0.1], [0.5, 0.5, 0.0], [1 - 1e-9, 1e-9],
+                               *np.random.default_rng(0).dirichlet(np.full(30, 0.3), 3)])
 def test_policies_meet_their_kkt_conditions(p, N):
     p = np.asarray(p)
     best, limited = optimal_policy(p, N), limited_policy(p, N)
@@ -406,7 +413,8 @@ def test_best_confidence_agrees_with_a_grid(a, K, N):
     assert passn.confident_pass_at_n(1.0, N, a, K).item() == pytest.approx(a)
 
 
-@pytest.mark.parametrize("loss, policy", [("ce", lambda p, N: p), ("limited", limited_policy), ("coverage", optimal_policy)])
+@pytest.mark.parametrize("loss, policy", [("ce", lambda p, N: p), ("limited", limited_policy),
+                                          ("coverage", optimal_policy)])
 @pytest.mark.parametrize("N", [2, 8])
 def test_descent_on_bare_logits_ends_where_the_theory_says(loss, policy, N):
     p = np.array([0.5, 0.25, 0.15, 0.08, 0.02])
@@ -418,7 +426,8 @@ def test_descent_on_bare_logits_ends_where_the_theory_says(loss, policy, N):
 def test_coverage_loss_is_minus_log_of_the_mean(dtype, rel):
     log_p = torch.tensor([-0.1, -1.0, -4.0, -9.0, -30.0], dtype=dtype)
     for N in (1, 8, 64, 1_000_000):
-        assert coverage_loss(log_p, N).item() == pytest.approx(-math.log(pass_at_n(log_p.double().exp(), N).mean()), rel=rel, abs=1e-15)
+        plain = -math.log(pass_at_n(log_p.double().exp(), N).mean())
+        assert coverage_loss(log_p, N).item() == pytest.approx(plain, rel=rel, abs=1e-15)
     hard = torch.tensor([-2000.0, -1999.0, 0.0 - 1e-6, -1990.0], dtype=dtype, requires_grad=True)
     for part in (hard[:2], hard):
         for N in (1, 64, 1_000_000):
@@ -441,7 +450,7 @@ def test_main_draws_the_theory_without_training(tiny, tmp_path, capsys):
 
 
 def without_times(run):
-    return run | {"history": [{key: value for key, value in record.items() if key != "seconds"} for record in run["history"]]}
+    return run | {"history": [record | {"seconds": None} for record in run["history"]]}
 
 
 def test_same_seed_same_run(tiny):
@@ -471,7 +480,8 @@ def test_one_problem_is_enough(tiny):
 
 def test_the_effect_in_miniature(monkeypatch):
     """Cross-entropy's pass@64 falls as it grows confident; the limited loss's does not, and ends higher."""
-    monkeypatch.setitem(passn.SETTINGS, "multiply", TINY | dict(epochs=60, batch_size=25, learning_rate=3e-3, n_head=4, n_embd=64))
+    monkeypatch.setitem(passn.SETTINGS, "multiply",
+                        TINY | dict(epochs=60, batch_size=25, learning_rate=3e-3, n_head=4, n_embd=64))
     task = TASKS["multiply"](0, 300, 300)
     (ce, _), (limited, _) = (train(task, loss, 64) for loss in ("ce", "limited"))
     ce_64, limited_64 = ([record["test"]["pass@64"] for record in run["history"]] for run in (ce, limited))
@@ -547,6 +557,16 @@ def test_interrupted_it_keeps_and_draws_what_it_has(tiny, tmp_path, monkeypatch,
     run = json.loads((tmp_path / "multiply-ce-N1-seed0.json").read_text())
     assert [record["epoch"] for record in run["history"]] == [0, 1]
     assert "Interrupted" in capsys.readouterr().err and is_drawn(tmp_path / "multiply.png")
+
+
+def test_a_full_disk_gets_one_clear_line(tiny, tmp_path, monkeypatch, capsys):
+    def save(run, path):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(passn, "save", save)
+    with pytest.raises(SystemExit) as stop:
+        main(["--out", str(tmp_path)])
+    assert stop.value.code == 2 and "No space left on device): make room" in capsys.readouterr().err
 
 
 # ---- bad input -------------------------------------------------------------------------------------------
