@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
-from toy_tasks import END, PAD, TASKS
+from toy_tasks import END, PAD, TASKS, UNKNOWN
 
 # ==========================================================================================================
 # 1. pass@N
@@ -266,10 +266,13 @@ def summary(log_p, log_confidence, tries):
 
 # The same for every loss. Adam divides the gradient by its own recent size, and so undoes what the factor F does to it
 # where *every* example is nearly solved. An eps far above the usual 1e-8, near the size of such a gradient's entries,
-# lets a small gradient make a small step.
+# lets a small gradient make a small step. Hiding a share of a question's words, other ones each time, makes questions
+# harder to learn by heart.
 SETTINGS = {
-    "multiply": dict(epochs=70, batch_size=50, learning_rate=1e-3, adam_eps=1e-3, n_layer=2, n_head=4, n_embd=128),
-    "math": dict(epochs=18, batch_size=50, learning_rate=4e-3, adam_eps=1e-2, n_layer=2, n_head=4, n_embd=128),
+    "multiply": dict(epochs=70, batch_size=50, learning_rate=1e-3, adam_eps=1e-3, hidden_words=0.0,
+                     n_layer=2, n_head=4, n_embd=128),
+    "math": dict(epochs=22, batch_size=50, learning_rate=2e-3, adam_eps=1e-3, hidden_words=0.2,
+                 n_layer=2, n_head=4, n_embd=128),
 }
 
 
@@ -315,7 +318,11 @@ def train(task, loss="limited", N=64, seed=0, epochs=None, device="cpu", path=No
             for batch in torch.randperm(len(prompts), generator=order).to(device).split(batch_size):
                 for group in optimizer.param_groups:
                     group["lr"] = settings["learning_rate"] * schedule(step / num_steps)
-                log_p = answer_log_p(answer_logits(model, prompts[batch], answers[batch]), answers[batch])
+                x, y = prompts[batch], answers[batch]
+                if settings["hidden_words"]:
+                    hidden = torch.rand(x.shape, device=device) < settings["hidden_words"]
+                    x = x.masked_fill(hidden & (x != PAD), UNKNOWN)
+                log_p = answer_log_p(answer_logits(model, x, y), y)
                 optimizer.zero_grad()
                 LOSSES[loss](log_p, N).backward()
                 optimizer.step()
@@ -617,7 +624,7 @@ def draw(groups, task, N, path):
             (confidence, "confidence (solid: test, dotted: train)", "epoch"),
             (histogram, "confidence at the end", "confidence in the greedy answer"),
             (tries, "pass@N against N", "tries N"),
-            (temperature, f"pass@{N} against temperature (dashed: best epoch for each)", "sampling temperature T")):
+            (temperature, f"pass@{N} by temperature (dashed: best epoch)", "sampling temperature T")):
         axis.set(title=title, xlabel=x, ylabel="share of test problems")
         axis.spines[["top", "right"]].set_visible(False)
         axis.set_ylim(bottom=0)
@@ -705,15 +712,16 @@ def theory(groups, N, file):
         top = confident_pass_at_n(best, n, a, K)
         confidence.plot(cs, confident_pass_at_n(cs, n, a, K), color=color)
         confidence.plot(best, top, "o", color=color, markeredgecolor="white", markersize=9)
-        confidence.annotate(f"N = {n}", (best, top), (0, 8), textcoords="offset points", color=color, ha="center")
+        confidence.annotate(f"N = {n}", (best, top), {1: (0, -18), 8: (-34, 3)}.get(n, (0, 8)), color=color, ha="center",
+                            textcoords="offset points")
     for (loss, n, _), runs in groups.items():
         if n in (1, N) and all(f"pass@{N}" in run["history"][0]["test"] for run in runs):
             path_c, path_pass = (curve(runs, lambda record: record["test"][key])[1]
                                  for key in ("confidence", f"pass@{N}"))
-            confidence.plot(path_c, path_pass, ".--", color=COLORS[loss], linewidth=1,
-                            label=f"trained: {name_of(loss, n)}, pass@{N}")
+            confidence.plot(path_c[1:], path_pass[1:], ".--",  # but for epoch 0, before any training
+                            color=COLORS[loss], linewidth=1, label=f"trained: {name_of(loss, n)}, pass@{N}")
         confidence.legend(frameon=False, loc="upper left")
-    confidence.set(title="(c) The best confidence (dots) falls as N grows", xscale="log", ylim=(0, 1.1),
+    confidence.set(title="(c) The best confidence (dots) falls as N grows", xscale="log", xlim=(1 / K, 1.5), ylim=(0, 1.1),
                    xlabel=f"confidence c in a favourite that is right with probability {a}", ylabel="pass@N")
 
     random = np.random.default_rng(0)

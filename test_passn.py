@@ -22,7 +22,8 @@ from passn import (GPT, answer_log_p, answer_logits, coverage_loss, dco_loss, es
 from toy_tasks import END, PAD, TASKS
 
 SHARED = Path(__file__).resolve().parent.parent / "shared"
-TINY = dict(epochs=2, batch_size=50, learning_rate=1e-3, adam_eps=1e-3, n_layer=1, n_head=2, n_embd=16)
+TINY = dict(epochs=2, batch_size=50, learning_rate=1e-3, adam_eps=1e-3, hidden_words=0.0,
+            n_layer=1, n_head=2, n_embd=16)
 
 
 @pytest.fixture
@@ -471,6 +472,14 @@ def test_a_run_is_as_described(tiny, tmp_path):
     assert last["test"]["confidence"] == pytest.approx(np.mean(run["problems"]["confidence"]))
     assert set(last["tempered"]) == {"0.7", "1.3", "1.6", "2", "2.5"}
     assert set(last["train"]) == set(last["test"]) == set(last["tempered"]["0.7"])
+
+
+def test_hiding_words_changes_training_and_nothing_else(tiny, math_dir, monkeypatch):
+    task = TASKS["math"](0, math_dir)
+    plain = train(task, "ce")[0]["history"]
+    monkeypatch.setitem(passn.SETTINGS, "math", TINY | dict(hidden_words=0.5))
+    hidden = train(task, "ce")[0]["history"]
+    assert plain[0]["test"] == hidden[0]["test"] and plain[-1]["test"] != hidden[-1]["test"]
 
 
 def test_one_problem_is_enough(tiny):

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 
 PAD, END = 0, 1  # the first two tokens of every vocabulary: filling, and "the answer ends here"
+UNKNOWN = 2  # where prompts are made of words: a word that the vocabulary lacks
 
 
 class Task(NamedTuple):
