@@ -624,7 +624,7 @@ def draw(groups, task, N, path):
             (confidence, "confidence (solid: test, dotted: train)", "epoch"),
             (histogram, "confidence at the end", "confidence in the greedy answer"),
             (tries, "pass@N against N", "tries N"),
-            (temperature, f"pass@{N} by temperature (dashed: best epoch)", "sampling temperature T")):
+            (temperature, f"pass@{N} by temperature", "sampling temperature T")):
         axis.set(title=title, xlabel=x, ylabel="share of test problems")
         axis.spines[["top", "right"]].set_visible(False)
         axis.set_ylim(bottom=0)
