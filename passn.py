@@ -266,7 +266,7 @@ def summary(log_p, log_confidence, tries):
 
 # The same for every loss. Adam divides the gradient by its own recent size, and so undoes what the factor F does to it
 # where *every* example is nearly solved. An eps far above the usual 1e-8, near the size of such a gradient's entries,
-# lets a small gradient make a small step. Hiding a share of a question's words, other ones each time, makes questions
+# lets a small gradient make a smaller step: it helps a little. Hiding a share of a question's words, other ones each time, makes questions
 # harder to learn by heart.
 SETTINGS = {
     "multiply": dict(epochs=70, batch_size=50, learning_rate=1e-3, adam_eps=1e-3, hidden_words=0.0,
