@@ -10,6 +10,7 @@ top to bottom, or run it:
 """
 
 import argparse
+import functools
 import json
 import math
 import os
@@ -26,7 +27,7 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
-from toy_tasks import END, PAD, TASKS, UNKNOWN
+from toy_tasks import END, FIRST_TACTIC, MAX_DEPTH, PAD, TASKS, UNKNOWN, apply_tactic, show
 
 # ==========================================================================================================
 # 1. pass@N
@@ -107,8 +108,7 @@ def overconfidence_factor(log_p, N):
     """F(N, p) = N p (1 - p)^(N-1) / (1 - (1 - p)^N) of each example, between 0 and 1: what is left of cross-entropy's
     gradient under the limited loss, F = -d L_N / d log p. log_p: (B,); returns (B,), precise as `dco_loss` is.
 
-    Training does not need it (see `dco_loss`); it is here to be looked at, and for examples whose p is only
-    estimated, where it weights cross-entropy."""
+    Training needs it only where p is an estimate: there it weights cross-entropy (see `train`)."""
     if N == 1:
         return torch.ones_like(log_p)
     x = log_p if log_p.device.type == "mps" else log_p.double()
@@ -216,19 +216,42 @@ def sample(model, prompts, num_new_tokens, temperature=1.0, generator=None):
 # ==========================================================================================================
 # 4. Measuring
 #
-# The answers are short and a problem has one right answer, so its success probability needs no sampling: one pass
+# Where the answers are short and a problem has one right answer, its success probability needs no sampling: one pass
 # over prompt and answer gives p(y|x) = Π_t p(y_t | x, y_<t), and pass@N for every N follows exactly. Dividing the
 # logits by T before the softmax gives, from the same pass, what sampling at temperature T would reach.
+#
+# With a reasoning trace before the answer, p(y|x) is a sum over all traces, far too many to go through: traces are
+# sampled, the right ones counted, and pass@N is estimated. A proof has many steps and many forms, but few states: p
+# is exact again, by dynamic programming.
 # ==========================================================================================================
 
 TRIES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)  # pass@N is measured for these N, and for the run's own
 COLUMNS = (1, 8, 64, 512)  # and shown for these
 TEMPERATURES = (1.0, 0.7, 1.3, 1.6, 2.0, 2.5)
+TRACES = {1.0: 128, 0.7: 64, 1.3: 64}  # where p is estimated: how many traces are sampled at each temperature
 
 
-def answer_logits(model, prompts, answers):
-    """The logits (B, A, vocab_size) that predict the answers' tokens, each with the right ones before it."""
-    return model(torch.cat([prompts, answers[:, :-1]], dim=1), last=answers.shape[1])
+def measure(model, task, split, temperatures=TEMPERATURES):
+    """{temperature: (p, confidence, number of samples)} of a task's test problems, or (split "train") of some training
+    problems. p and confidence: (P,) float64 on the CPU, the probability that a sample is right, and that it is the
+    model's own greedy answer; exact, and the number None, or the shares among that number of samples."""
+    if task.searches:
+        return measure_proofs(model, task.searches[split], temperatures)
+    device = model.head.weight.device
+    examples = task.test if split == "test" else [tensor[:100 if task.final else 500] for tensor in task.train]
+    prompts, answers = (tensor.to(device) for tensor in examples)
+    if task.final:
+        generator = torch.Generator(device).manual_seed(0)  # the same luck for every model
+        return {T: (*measure_traces(model, prompts, answers, task.final, TRACES[T], T, generator), TRACES[T])
+                for T in temperatures if T in TRACES}
+    return measure_answers(model, prompts, answers, temperatures)
+
+
+def answer_logits(model, prompts, answers, allowed=None):
+    """The logits (B, A, vocab_size) that predict the answers' tokens, each with the right ones before it. Where allowed
+    (B, vocab_size) is given, no other token gets any probability."""
+    logits = model(torch.cat([prompts, answers[:, :-1]], dim=1), last=answers.shape[1])
+    return logits if allowed is None else logits.masked_fill(~allowed[:, None], -torch.inf)
 
 
 def answer_log_p(logits, answers, temperature=1.0):
@@ -238,9 +261,8 @@ def answer_log_p(logits, answers, temperature=1.0):
 
 
 @torch.no_grad()
-def measure(model, prompts, answers):
-    """log p of each problem's right answer, and of the model's own greedy answer (its confidence), both
-    (len(TEMPERATURES), P) in float64 on the CPU, at each temperature."""
+def measure_answers(model, prompts, answers, temperatures):
+    """`measure` where the whole answer counts: exact, and one pass serves all temperatures."""
     log_p, log_confidence = [], []
     for x, y in zip(prompts.split(250), answers.split(250)):
         greedy = sample(model, x, y.shape[1], temperature=0)
@@ -248,14 +270,82 @@ def measure(model, prompts, answers):
         greedy[is_end.cumsum(dim=1) - is_end.long() > 0] = PAD  # behind the end, whatever was sampled is no answer
         for result, answer in ((log_p, y), (log_confidence, greedy)):
             logits = answer_logits(model, x, answer)
-            result.append(torch.stack([answer_log_p(logits, answer, T) for T in TEMPERATURES]))
-    return torch.cat(log_p, dim=1).double().cpu(), torch.cat(log_confidence, dim=1).double().cpu()
+            result.append(torch.stack([answer_log_p(logits, answer, T) for T in temperatures]))
+    p, confidence = (torch.cat(result, dim=1).double().exp().cpu() for result in (log_p, log_confidence))
+    return {T: (p[i], confidence[i], None) for i, T in enumerate(temperatures)}
 
 
-def summary(log_p, log_confidence, tries):
-    """{"pass@1": …, "confidence": …}: means over the problems, from their log-probabilities (P,)."""
-    result = {f"pass@{n}": pass_at_n(log_p.exp(), n).mean().item() for n in tries}
-    return result | {"confidence": log_confidence.exp().mean().item()}
+@torch.no_grad()
+def measure_traces(model, prompts, answers, final, num_samples, temperature=1.0, generator=None):
+    """p and confidence where only the last `final` tokens of a trace count: of num_samples sampled traces, the share that
+    ends in the right answer, and the share that ends as the greedy trace does."""
+    shares = []
+    for x, y in zip(prompts.split(32), answers.split(32)):
+        traces = sample(model, x.repeat_interleave(num_samples, dim=0), y.shape[1], temperature, generator)
+        ends = traces[:, -final:].view(len(x), num_samples, final)
+        greedy = sample(model, x, y.shape[1], temperature=0)
+        shares.append([(ends == end[:, None, -final:]).all(dim=2).double().mean(dim=1) for end in (y, greedy)])
+    return [torch.cat(share).cpu() for share in zip(*shares)]
+
+
+@torch.no_grad()
+def measure_proofs(model, search, temperatures):
+    """`measure` for attempts at theorems: exact. The greedy attempt takes the likeliest tactic in every state, and the
+    confidence is the probability of all its choices, whether it proves the theorem or not."""
+    logits = tactic_logits(model, search)
+    result = {}
+    for T in temperatures:
+        policy = F.softmax(logits / T, dim=-1)
+        greedy = policy * F.one_hot(policy.argmax(dim=-1), policy.shape[1])
+        result[T] = proof_p(policy, search), proof_p(greedy, search, failure=1.0), None
+    return result
+
+
+@torch.no_grad()
+def tactic_logits(model, search):
+    """The logits of the tactics in all states of a `Search`: (S, vocab_size), float64, -inf where one does not apply."""
+    prompts = search.prompts.to(model.head.weight.device)
+    logits = torch.cat([model(x, last=1)[:, 0] for x in prompts.split(250)])
+    return logits.double().cpu().masked_fill(~search.applicable, -torch.inf)
+
+
+def proof_p(policy, search, failure=0.0):
+    """The probability that an attempt proves each theorem: (P,) float64. policy: (S, vocab_size), the probability of each
+    tactic in each state of the `Search`.
+
+    A state is proved if a tactic is chosen all of whose remaining states are proved, each by choices of its own. With d
+    tactics left on a branch that is p_d(s) = Σ_t policy(t|s) Π_s' p_(d-1)(s'), and p_0 = `failure` = 0."""
+    p = torch.full((len(policy) + 2,), failure, dtype=torch.float64)
+    p[-2] = 1  # the row of what is proved; the last row is a dead end's
+    for _ in range(MAX_DEPTH):
+        p[:-2] = (policy * p[search.left].prod(dim=-1)).sum(dim=-1)
+    return p[search.theorems]
+
+
+def attempt_proof(policy, search, row, generator=None, depth=MAX_DEPTH):
+    """One sampled attempt at the state of a row: the steps [(row, tactic's token, depth left), …] if it proves it, else
+    None."""
+    if depth == 0 or row > len(policy):
+        return None
+    token = torch.multinomial(policy[row], 1, generator=generator).item()
+    steps = [(row, token, depth)]
+    for part in search.left[row, token].tolist():
+        if part != len(policy):  # not yet proved
+            proof = attempt_proof(policy, search, part, generator, depth - 1)
+            if proof is None:
+                return None
+            steps += proof
+    return steps
+
+
+def summary(p, confidence, num_samples, tries):
+    """{"pass@1": …, "confidence": …}: means over the problems, of what `measure` gives for one temperature. From samples
+    there is no pass@N for more tries than samples."""
+    if num_samples:
+        result = {n: estimate_pass_at_n(num_samples, (p * num_samples).round(), n) for n in tries if n <= num_samples}
+    else:
+        result = {n: pass_at_n(p, n) for n in tries}
+    return {f"pass@{n}": value.mean().item() for n, value in result.items()} | {"confidence": confidence.mean().item()}
 
 
 # ==========================================================================================================
@@ -264,71 +354,99 @@ def summary(log_p, log_confidence, tries):
 # One loop for every loss and task. A run is a plain dictionary, saved after every evaluation.
 # ==========================================================================================================
 
-# The same for every loss. Adam divides the gradient by its own recent size, and so undoes what the factor F does to it
-# where *every* example is nearly solved; an eps far above the usual 1e-8 lets a small gradient make a smaller step. (On
-# multiply that mattered to one seed of three.) Hiding a share of a question's words, other ones each time, makes
-# questions harder to learn by heart, and matters on MATH.
+# The same for every loss. N is the limited loss's: in `prove`, for each tactic. Hiding a share of a question's words,
+# other ones each time, makes questions harder to learn by heart, and matters on MATH. traces, interval: see `train`.
 SETTINGS = {
-    "multiply": dict(epochs=70, batch_size=50, learning_rate=1e-3, adam_eps=1e-3, hidden_words=0.0,
+    "multiply": dict(N=64, epochs=70, evaluations=25, batch_size=50, learning_rate=1e-3, hidden_words=0.0,
                      n_layer=2, n_head=4, n_embd=128),
-    "math": dict(epochs=22, batch_size=50, learning_rate=2e-3, adam_eps=1e-3, hidden_words=0.2,
+    "cot": dict(N=64, epochs=120, evaluations=12, batch_size=50, learning_rate=3e-3, hidden_words=0.0,
+                n_layer=2, n_head=4, n_embd=64, traces=32, interval=2),
+    "prove": dict(N=4, epochs=60, evaluations=12, batch_size=50, learning_rate=3e-3, hidden_words=0.0,
+                  n_layer=2, n_head=4, n_embd=64),
+    "math": dict(N=64, epochs=22, evaluations=25, batch_size=50, learning_rate=2e-3, hidden_words=0.2,
                  n_layer=2, n_head=4, n_embd=128),
 }
 
 
-def train(task, loss="limited", N=64, seed=0, epochs=None, device="cpu", path=None):
+def train(task, loss="limited", N=None, seed=0, device="cpu", path=None, **changes):
     """Train a new GPT on a task and measure it as it learns. Returns the run (see the README) and the model.
 
     With loss "ce" the training N is 1, whatever N, and N only says which pass@N the progress bar shows. Where a path
-    is given the run is saved there after every evaluation. `epochs` is a number, or None for the task's own."""
-    settings = SETTINGS[task.name] | ({} if epochs is None else {"epochs": epochs})
-    epochs, batch_size = settings["epochs"], settings["batch_size"]
-    prompts, answers, test_prompts, test_answers = (tensor.to(device) for tensor in (*task.train, *task.test))
+    is given the run is saved there after every evaluation. `changes` are to the task's `SETTINGS`, epochs=10 say.
+
+    Where p(y|x) sums over traces, autograd has only the log p of the one trace that is trained on. The limited loss is
+    then the paper's approximate one: F(N, p̂) times that trace's cross-entropy, where p̂ is the share of right ones among
+    `traces` traces sampled for each training problem, anew every `interval` epochs. With p̂ = 0, F is 1."""
+    settings = SETTINGS[task.name] | changes
+    N, epochs, batch_size = N or settings["N"], settings["epochs"], settings["batch_size"]
+    examples = [tensor.to(device) for tensor in task.train]  # prompts, answers, and for proofs what else was allowed
+    num_examples, prompt_length = examples[0].shape
     torch.manual_seed(seed)  # the same first weights and the same order of examples for every loss
-    model = GPT(len(task.vocab), prompts.shape[1] + answers.shape[1],
+    model = GPT(len(task.vocab), prompt_length + examples[1].shape[1],
                 **{key: settings[key] for key in ("n_layer", "n_head", "n_embd")}).to(device)
-    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.99), eps=settings["adam_eps"], weight_decay=0.0,
-                                  fused=True)
-    order = torch.Generator().manual_seed(seed)
-    num_steps, step = epochs * math.ceil(len(prompts) / batch_size), 0
+    # Adam divides a gradient by its own recent size, and so would undo what F does where *every* example is nearly solved;
+    # an eps far above the usual 1e-8 lets a small gradient make a smaller step.
+    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.99), eps=1e-3, weight_decay=0.0, fused=True)
+    order, sampler = torch.Generator().manual_seed(seed), torch.Generator(device).manual_seed(seed)
+    num_steps, step = epochs * math.ceil(num_examples / batch_size), 0
+    weights = None
+
+    def objective(log_p, batch):
+        return LOSSES[loss](log_p, N) if weights is None else -(weights[batch] * log_p).mean()
 
     run = {"task": task.name, "loss": loss, "N": 1 if loss == "ce" else N, "seed": seed,
            "config": settings | {"device": device}, "history": [], "problems": {}}
-    tries = sorted({*TRIES, N})
     start = time.perf_counter()
     with tqdm(total=num_steps, desc=f"{task.name} {name_of(loss, run['N'])}, seed {seed}") as bar:
         for epoch in range(epochs + 1):
-            if epoch == epochs or epoch % math.ceil(epochs / 25) == 0:
-                test_log_p, test_confidence = measure(model, test_prompts, test_answers)
-                train_log_p, train_confidence = measure(model, prompts[:500], answers[:500])  # enough, and quicker
-                test = summary(test_log_p[0], test_confidence[0], tries)
-                run["history"].append({
-                    "epoch": epoch, "loss": LOSSES[loss](train_log_p[0], N).item(),
-                    "seconds": round(time.perf_counter() - start, 2), "test": test,
-                    "train": summary(train_log_p[0], train_confidence[0], tries),
-                    "tempered": {f"{T:g}": summary(test_log_p[i], test_confidence[i], tries)
-                                 for i, T in enumerate(TEMPERATURES) if T != 1}})
-                run["problems"] = {"p": test_log_p[0].exp().tolist(), "confidence": test_confidence[0].exp().tolist()}
+            if epoch == epochs or epoch % math.ceil(epochs / settings["evaluations"]) == 0:
+                measured, run["problems"] = evaluate(model, task, sorted({*TRIES, N}))
+                with torch.no_grad():
+                    x, y, *allowed = (tensor[:500] for tensor in examples)
+                    value = objective(answer_log_p(answer_logits(model, x, y, *allowed), y), slice(500)).item()
+                seconds = round(time.perf_counter() - start, 2)
+                run["history"].append({"epoch": epoch, "loss": value, "seconds": seconds} | measured)
                 if path:
                     save(run, path)
-                shown = [f"{key} {test[key]:.3f}" for key in dict.fromkeys(["pass@1", f"pass@{N}", "confidence"])]
-                bar.set_postfix_str(", ".join([f"epoch {epoch}, loss {run['history'][-1]['loss']:.2f}", *shown]))
+                shown = [key for key in measured["test"] if key in ("pass@1", f"pass@{aim(task.name, N)}", "confidence")]
+                bar.set_postfix_str(f"epoch {epoch}, loss {value:.2f}, " + ", ".join(
+                    f"{key} {measured['test'][key]:.3f}" for key in shown))
             if epoch == epochs:
                 break
-            for batch in torch.randperm(len(prompts), generator=order).to(device).split(batch_size):
+            if task.final and loss == "limited" and epoch % settings["interval"] == 0:
+                p, _ = measure_traces(model, *examples, task.final, settings["traces"], generator=sampler)
+                weights = overconfidence_factor(p.log(), N).float().to(device)
+            for batch in torch.randperm(num_examples, generator=order).to(device).split(batch_size):
                 for group in optimizer.param_groups:
                     group["lr"] = settings["learning_rate"] * schedule(step / num_steps)
-                x, y = prompts[batch], answers[batch]
+                x, y, *allowed = (tensor[batch] for tensor in examples)
                 if settings["hidden_words"]:
                     hidden = torch.rand(x.shape, device=device) < settings["hidden_words"]
                     x = x.masked_fill(hidden & (x != PAD), UNKNOWN)
-                log_p = answer_log_p(answer_logits(model, x, y), y)
+                log_p = answer_log_p(answer_logits(model, x, y, *allowed), y)
                 optimizer.zero_grad()
-                LOSSES[loss](log_p, N).backward()
+                objective(log_p, batch).backward()
                 optimizer.step()
                 step += 1
                 bar.update()
     return run, model
+
+
+def evaluate(model, task, tries):
+    """What a run records at an epoch: the summaries by split and temperature, and the test problems one by one."""
+    by_temperature = measure(model, task, "test")
+    tempered = {f"{T:g}": summary(*measured, tries) for T, measured in by_temperature.items()}
+    p, confidence, _ = by_temperature[1.0]
+    problems = {"p": p.tolist(), "confidence": confidence.tolist()}
+    if task.searches:
+        problems |= {key: getattr(task.searches["test"], key).tolist() for key in ("length", "branching", "blind")}
+    return {"test": tempered.pop("1"), "train": summary(*measure(model, task, "train", [1.0])[1.0], tries),
+            "tempered": tempered}, problems
+
+
+def aim(task_name, N):
+    """The N of the pass@N that training with N aims at. In `prove`, where N is for each tactic, it is 64 attempts."""
+    return 64 if task_name == "prove" else N
 
 
 def schedule(done):
@@ -442,8 +560,8 @@ def descend(weights, loss, N, num_steps, learning_rate):
 
 def blind_pass_at_n(task, policy, N):
     """The test set's pass@N of a guesser who never reads the question: it knows how often each answer is right among
-    the training problems, p, and samples from policy(p)."""
-    q = torch.as_tensor(policy(task.guesses.numpy()))
+    the training problems, p, and samples from policy(p, N)."""
+    q = torch.as_tensor(policy(task.guesses.numpy(), N))
     return pass_at_n(torch.where(task.test_guess >= 0, q[task.test_guess], 0.0), N).mean().item()
 
 
@@ -476,11 +594,10 @@ def load_runs(out, task_name):
     return {key: groups[key] for key in sorted(groups)}
 
 
-def measured_tries(groups, N):
-    """N, or if some run did not measure pass@N, the nearest number that they all did."""
-    common = set.intersection(*({int(key[5:]) for key in record["test"] if key.startswith("pass@")}
-                                for runs in groups.values() for run in runs for record in run["history"]))
-    return min(common, key=lambda n: abs(math.log(n / N)))
+def measured_tries(groups):
+    """The N, in order, whose pass@N all runs have measured."""
+    return sorted(set.intersection(*({int(key[5:]) for key in record["test"] if key.startswith("pass@")}
+                                     for runs in groups.values() for run in runs for record in run["history"])))
 
 
 def labels_of(groups):
@@ -520,12 +637,12 @@ STAGES = {"ce": ["at the end", "best epoch", "best epoch and temperature"], "lim
 
 def print_table(groups, task, N):
     """One row for each loss and stage, then the blind guessers': mean over the seeds ± standard error."""
-    tries = sorted({*COLUMNS, N})
+    tries = [n for n in measured_tries(groups) if n in (*COLUMNS, N)]
     columns = [*(f"pass@{n}" for n in tries), "confidence"]
     rows = {f"{label}, {stage}": [[at(run, N, stage)[column] for column in columns] for run in groups[key]]
             for key, label in labels_of(groups).items() for stage in STAGES[key[0]]}
-    for label, policy in blind_policies(task).items():
-        rows[label] = [[blind_pass_at_n(task, policy(n), n) for n in tries]]
+    for label, blind in blind_rivals(task, groups).items():
+        rows[label] = [[blind(n) for n in tries]]
     print_rows(columns, rows)
 
 
@@ -534,17 +651,21 @@ def print_rows(columns, rows):
     width = max(map(len, rows))
     print(" " * width + "".join(f"{column:>15}" for column in columns))
     for label, values in rows.items():
-        cells = [f"{mean:.3f} ± {error:.3f}" if len(values) > 1 else f"{mean:.3f}"
+        cells = ["–" if math.isnan(mean) else f"{mean:.3f} ± {error:.3f}" if len(values) > 1 else f"{mean:.3f}"
                  for mean, error in zip(*mean_and_error(values))]
         print(f"{label:{width}}" + "".join(f"{cell:>15}" for cell in cells))
 
 
-def blind_policies(task):
-    """{name: N -> the policy}, for tasks whose answers can be guessed."""
-    return {} if task.guesses is None else {
-        "blind, training frequencies": lambda N: lambda p: p,
-        "blind, where the limited loss tends for each N": lambda N: lambda p: limited_policy(p, N),
-        "blind, optimal for each N": lambda N: lambda p: optimal_policy(p, N)}
+def blind_rivals(task, groups):
+    """{name: N -> pass@N} of rivals that learn nothing of the single problem: guessers, and search by chance."""
+    if task.searches:
+        blind = torch.tensor([run["problems"]["blind"] for runs in groups.values() for run in runs])
+        return {"blind search": lambda N: pass_at_n(blind, N).mean().item()}
+    policies = {} if task.guesses is None else {
+        "blind, training frequencies": lambda p, N: p,
+        "blind, where the limited loss tends for each N": limited_policy,
+        "blind, optimal for each N": optimal_policy}
+    return {name: functools.partial(blind_pass_at_n, task, policy) for name, policy in policies.items()}
 
 
 def in_words(groups, N):
@@ -563,7 +684,7 @@ def in_words(groups, N):
                 f"pass@1 {moved}." if end < 0.95 * best else
                 f"Cross-entropy's pass@{N} did not fall in these epochs: best {best:.3f}, at the end {end:.3f}.")
         else:
-            versus = "" if rival is None else ": " + ", ".join(
+            versus = "" if rival is None or not all(rival) else ": " + ", ".join(
                 f"{end / value:.2f} times {which}" for which, value in
                 zip(("cross-entropy's end", "its best epoch", "its best epoch and temperature"), rival))
             name = labels[key][0].upper() + labels[key][1:]
@@ -571,13 +692,51 @@ def in_words(groups, N):
     return " ".join(sentences)
 
 
+def print_example(model, task):
+    """The first test problem that the model solves in 64 tries: a right reasoning trace, or the proof, line by line."""
+    device = model.head.weight.device
+    generator = torch.Generator(device).manual_seed(0)
+    if task.final:
+        for prompt, answer in zip(*task.test):
+            traces = sample(model, prompt.to(device).expand(64, -1), len(answer), generator=generator).cpu()
+            right = traces[(traces[:, -task.final:] == answer[-task.final:]).all(dim=1)]
+            if len(right):
+                text = "".join(task.vocab[token] for token in [*prompt, *right[0]])
+                print(f"\nA test problem with a right trace, one of {len(right)} among 64: {text}")
+                return
+    if task.searches:
+        search = task.searches["test"]
+        policy = F.softmax(tactic_logits(model, search), dim=-1)
+        for row in search.theorems.tolist():
+            for attempt in range(1, 65):
+                if proof := attempt_proof(policy, search, row):
+                    hypotheses, goal = search.states[row]
+                    print(f"\nA test theorem, and the proof that attempt {attempt} found:")
+                    print("\n".join(f"  {i}: {show(formula)}" for i, formula in enumerate(hypotheses, 1)))
+                    print(f"  ⊢ {show(goal)}")
+                    print_proof(proof, search)
+                    return
+
+
+def print_proof(proof, search):
+    """Each line a goal and the tactic used on it; what the tactic leaves to prove stands indented below."""
+    for row, token, depth in proof:
+        hypotheses, goal = search.states[row]
+        tactic = token - FIRST_TACTIC
+        used = f"apply {tactic}: {show(hypotheses[tactic - 1])}" if tactic else "intro"
+        if tactic == 0:
+            after, _ = apply_tactic((hypotheses, goal), 0)[0]
+            used += f", with {after.index(goal[0]) + 1}: {show(goal[0])}"
+        print(f"{'  ' * (MAX_DEPTH - depth + 2)}{show(goal)}".ljust(28) + used)
+
+
 def draw(groups, task, N, path):
     """The main figure: what each loss does to pass@1, pass@N and confidence as training goes on, and at its end."""
-    labels, more = labels_of(groups), iter(MORE_COLORS * 9)
-    colors = {}
+    labels, more, colors = labels_of(groups), iter(MORE_COLORS * 9), {}
     for key in groups:
-        fresh = COLORS.get(key[0]) not in colors.values() and key[1] in (1, N)
+        fresh = COLORS[key[0]] not in colors.values() and key[1] in (1, N, SETTINGS[task.name]["N"])
         colors[key] = COLORS[key[0]] if fresh else next(more)
+    measured = [n for n in measured_tries(groups) if n in TRIES]
     figure, axes = plt.subplots(2, 3, figsize=(12, 7.2), layout="constrained")
     (pass_1, pass_N, confidence), (histogram, tries, temperature) = axes
 
@@ -585,7 +744,7 @@ def draw(groups, task, N, path):
         axis.plot(xs, mean, **style)
         axis.fill_between(xs, mean - error, mean + error, color=style["color"], alpha=0.2, linewidth=0)
 
-    temperatures = sorted(TEMPERATURES)
+    temperatures = sorted([1.0, *map(float, next(iter(groups.values()))[0]["history"][0]["tempered"])])
     by_T = lambda record: [(record["tempered"] | {"1": record["test"]})[f"{T:g}"][f"pass@{N}"] for T in temperatures]
     for key, runs in groups.items():
         color, label = colors[key], labels[key]
@@ -599,7 +758,7 @@ def draw(groups, task, N, path):
         for stage, style in (("at the end", "-"), ("best epoch", "--")):
             if stage == "at the end" or key[0] == "ce":
                 shown = f"{label}, {stage}" if key[0] == "ce" else label
-                line(tries, TRIES, *mean_and_error([[at(run, N, stage)[f"pass@{n}"] for n in TRIES] for run in runs]),
+                line(tries, measured, *mean_and_error([[at(run, N, stage)[f"pass@{n}"] for n in measured] for run in runs]),
                      color=color, linestyle=style, label=shown)
                 by_temperature = [[by_T(record) for record in run["history"]] for run in runs]  # (seeds, epochs, T)
                 line(temperature, temperatures, *mean_and_error(
@@ -612,11 +771,10 @@ def draw(groups, task, N, path):
                 _, values, _ = curve(runs, lambda record: record["test"][f"pass@{n}"])
                 axis.plot(epochs[best], values[best], "*", color=color, markersize=15, markeredgecolor="black")
 
-    for (label, policy), style in zip(blind_policies(task).items(), (":", "--", "-.")):
-        blind = [blind_pass_at_n(task, policy(n), n) for n in TRIES]
-        tries.plot(TRIES, blind, color="grey", linestyle=style, label=label)
+    for (label, blind), style in zip(blind_rivals(task, groups).items(), (":", "--", "-.")):
+        tries.plot(measured, [*map(blind, measured)], color="grey", linestyle=style, label=label)
         for axis, n in ((pass_1, 1), (pass_N, N)):
-            axis.axhline(blind_pass_at_n(task, policy(n), n), color="grey", linestyle=style)
+            axis.axhline(blind(n), color="grey", linestyle=style)
 
     for axis, title, x in (
             (pass_1, f"pass@1 (star: cross-entropy's best pass@{N})", "epoch"),
@@ -630,7 +788,7 @@ def draw(groups, task, N, path):
         axis.set_ylim(bottom=0)
     confidence.set(ylabel="mean probability of the greedy answer", ylim=(0, 1))
     tries.set_xscale("log", base=2)
-    tries.set_xticks([1, 8, 64, 512], ["1", "8", "64", "512"])
+    tries.set_xticks(ticks := [n for n in COLUMNS if n in measured], ticks)
     handles, names = tries.get_legend_handles_labels()
     figure.legend(handles, names, loc="outside upper center", ncols=3, frameon=False)
     seeds = max(map(len, groups.values()))
@@ -640,36 +798,84 @@ def draw(groups, task, N, path):
     plt.close(figure)
 
 
-def frontier(groups, path):
-    """Which N to train with for which N in the test: a table of the runs' ends, its best by column, and the figure."""
-    labels, columns = labels_of(groups), [f"pass@{n}" for n in FRONTIER]
-    rows = {f"trained with {labels[key]}": [[run["history"][-1]["test"][column] for column in columns] for run in runs]
-            for key, runs in groups.items()}
-    print_rows(columns, rows)
-    means = np.array([mean_and_error(values)[0] for values in rows.values()])  # (trained with, tested with)
-    print("Best " + ", ".join(f"at {column}: {[*labels.values()][i]}" for column, i in zip(columns, means.argmax(0))))
-
-    figure, (curves, matrix) = plt.subplots(1, 2, figsize=(12, 4.6), layout="constrained")
+def frontier(groups, task, N, path):
+    """Which N to train with for which N in the test: a table of the runs' ends with the best of each column, and the
+    figure. For proofs also an ensemble of the runs, and what is best for which shape of theorem."""
+    tries = [n for n in measured_tries(groups) if n in TRIES]
     colors = [COLORS["ce"], "#E69F00", COLORS["limited"], COLORS["coverage"]]
-    for (key, runs), color, marker in zip(groups.items(), colors, "o^sD"):
-        mean, error = mean_and_error([[run["history"][-1]["test"][f"pass@{n}"] for n in TRIES] for run in runs])
-        curves.errorbar(TRIES, mean, error, color=color, marker=marker, label=labels[key], capsize=2)
+    styles = dict(zip(labels_of(groups).values(), zip(colors, "o^sD")))
+    ends = {name: np.array([[run["history"][-1]["test"][f"pass@{n}"] for n in tries] for run in runs])  # (seeds, tries)
+            for name, runs in zip(styles, groups.values())}
+    shown = [i for i, n in enumerate(tries) if n in COLUMNS]
+    columns = [f"pass@{tries[i]}" for i in shown]
+    means = np.array([values.mean(axis=0)[shown] for values in ends.values()])  # (trained with, tested with)
+    rivals = {name: np.array([[*map(blind, tries)]]) for name, blind in blind_rivals(task, groups).items()}
+    if task.searches:
+        teams = [torch.tensor([run["problems"]["p"] for run in team]).double() for team in zip(*groups.values())]
+        rivals["ensemble"] = np.array([[ensemble_pass_at_n(team, n).mean() for n in tries] for team in teams])
+    print_rows(columns, {f"trained with {name}": values[:, shown] for name, values in ends.items()}
+               | {name: values[:, shown] for name, values in rivals.items()})
+    print("Best " + ", ".join(f"at {column}: {[*ends][i]}" for column, i in zip(columns, means.argmax(axis=0))))
+
+    others = SHAPES if task.searches else {}
+    figure = plt.figure(figsize=(7.5 + 4 * len(others), 4.4), layout="constrained")
+    curves, *others = figure.subplots(1, 1 + len(others), squeeze=False)[0]
+    for name, values in ends.items():
+        color, marker = styles[name]
+        curves.errorbar(tries, *mean_and_error(values), color=color, marker=marker, label=name, capsize=2)
+    best = [[at(run, N, "best epoch")[f"pass@{n}"] for n in tries] for run in next(iter(groups.values()))]
+    curves.plot(tries, np.mean(best, axis=0), "--", color=COLORS["ce"], label="cross-entropy, best epoch")
+    for (name, values), style in zip(rivals.items(), (":", "--", "-.")):
+        color, style = ("black", "-") if name == "ensemble" else ("grey", style)
+        curves.plot(tries, values.mean(axis=0), color=color, linestyle=style, label=name)
     curves.set_xscale("log", base=2)
-    curves.set_xticks(FRONTIER, FRONTIER)
-    curves.set(title="pass@N at the end of training", xlabel="tries N in the test", ylabel="share of test problems")
-    curves.spines[["top", "right"]].set_visible(False)
-    curves.legend(title="trained with", frameon=False, loc="upper left")
-    share = means / means.max(axis=0)
-    image = matrix.imshow(share, cmap="cividis", vmin=0, vmax=1, aspect="auto")
-    for (i, j), value in np.ndenumerate(share):
-        matrix.text(j, i, f"{means[i, j]:.3f}", ha="center", va="center", color="black" if value > 0.6 else "white",
-                    fontsize=13, weight="bold" if value == 1 else "normal")
-    matrix.set_xticks(range(len(columns)), columns)
-    matrix.set_yticks(range(len(labels)), labels.values())
-    matrix.set(title="the same as numbers (bold: best of its column)", ylabel="trained with")
-    figure.colorbar(image, label="share of the column's best")
+    curves.set_xticks([tries[i] for i in shown], [tries[i] for i in shown])
+    curves.set(title="pass@N at the end of training", xlabel="tries N in the test", ylabel="share of test problems",
+               ylim=(0, 1))
+    for axis, shape in zip(others, SHAPES):
+        by_shape(groups, styles, shape, N, axis)
+    for axis in (curves, *others):
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.legend(*curves.get_legend_handles_labels(), loc="outside right upper", frameon=False)
     figure.savefig(path, dpi=110)
     plt.close(figure)
+
+
+def ensemble_pass_at_n(p, N):
+    """pass@N of each problem where N tries are split evenly among K models: 1 - Π_k (1 - p_k)^(N/K). p: (K, P), their
+    success probabilities; returns (P,), nan where N is less than K."""
+    K = len(p)
+    return pass_at_n(1 - (1 - p).prod(dim=0), N / K) if N >= K else torch.full(p.shape[1:], torch.nan)
+
+
+# The shapes of proofs: the number of tactics in the shortest, and how many tactics apply along it, on average.
+SHAPES = {"length": (0, 7, 9, 11, math.inf), "branching": (0, 1.8, 2, 2.2, math.inf)}
+
+
+def by_shape(groups, styles, shape, N, axis):
+    """pass@N of the theorems between each two edges of a shape: printed as a table, and drawn on an axis."""
+    edges = SHAPES[shape]
+    bins = [f"below {edges[1]}", *(f"{a} to {b}" for a, b in zip(edges[1:], edges[2:-1])), f"from {edges[-2]}"]
+    values = defaultdict(list)  # {name: for each seed, pass@N by bin}
+    for team in zip(*groups.values()):  # the runs of one seed
+        problems = team[0]["problems"]
+        p = torch.tensor([run["problems"]["p"] for run in team]).double()
+        solved = dict(zip(styles, pass_at_n(p, N))) | {"ensemble": ensemble_pass_at_n(p, N),
+                                                      "blind search": pass_at_n(problems["blind"], N)}
+        place = np.digitize(problems[shape], edges) - 1
+        for name, share in solved.items():
+            values[name].append([share[place == i].mean() for i in range(len(bins))])
+    print(f"\npass@{N} by the proof's {shape}:")
+    print_rows(bins, values)
+    means = np.array([mean_and_error(values[name])[0] for name in styles])
+    print("Best, " + ", ".join(f"{name}: {[*styles][i]}" for name, i in zip(bins, means.argmax(axis=0))))
+    for name in values:
+        color, marker = styles.get(name, ("black" if name == "ensemble" else "grey", ""))
+        axis.errorbar(bins, *mean_and_error(values[name]), color=color, marker=marker, capsize=2,
+                      linestyle=":" if name == "blind search" else "-")
+    axis.set(title=f"pass@{N} by the proof's {shape}", ylim=(0, 1), ylabel="share of these theorems",
+             xlabel={"length": "tactics in the shortest proof",
+                     "branching": "tactics that apply, mean along that proof"}[shape])
 
 
 def theory(groups, N, file):
@@ -744,24 +950,29 @@ def theory(groups, N, file):
 # 8. Command line
 # ==========================================================================================================
 
-FRONTIER = (1, 8, 64, 512)
-
-
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
     parser.error = fail
     parser.add_argument("--task", choices=TASKS, default="multiply")
     parser.add_argument("--loss", choices=["both", "all", *LOSSES], default="both")
-    parser.add_argument("--N", type=whole(1), default=64, help="tries: the limited loss trains for this pass@N")
+    parser.add_argument("--N", type=whole(1), help="tries: the limited loss trains for this pass@N, 64 if not given; "
+                        "with --task prove it is for each tactic, 4 if not given")
     parser.add_argument("--epochs", type=whole(0), help="default: the task's own, in SETTINGS")
+    parser.add_argument("--traces", type=whole(1, 100_000), help="--task cot: sampled to estimate each p")
+    parser.add_argument("--interval", type=whole(1), help="--task cot: epochs from one estimate to the next")
     parser.add_argument("--seed", type=whole(0), default=0)
     parser.add_argument("--seeds", type=whole(1, 1000), default=1, help="train this many seeds, from --seed on")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto")
     parser.add_argument("--out", default="out", help="the folder for runs and figures")
     parser.add_argument("--math-dir", help="the MATH dataset's folder; without it, the datasets package fetches it")
-    parser.add_argument("--frontier", action="store_true", help="train with N = 1, 8, 64 and 512, and compare")
+    parser.add_argument("--frontier", action="store_true",
+                        help="train with N = 1, 8, 64 and 512 (--task prove: 1, 2, 4 and 8), and compare")
     parser.add_argument("--theory", action="store_true", help="train nothing: draw why each loss does what it does")
     args = parser.parse_args(argv)
+    if args.task != "cot" and (args.traces or args.interval):
+        fail(f"--traces and --interval are for --task cot, whose p is estimated; leave them out for --task {args.task}")
+    if args.task == "cot" and args.loss == "coverage":
+        fail("the coverage loss needs p itself, which --task cot only estimates: use --loss ce or limited")
     device = choose_device(args.device)
     out = Path(args.out)
     try:
@@ -770,39 +981,45 @@ def main(argv=None):
     except OSError as error:
         fail(f"cannot write to --out {out} ({error.strerror}): give a folder that you may write to")
 
+    N = args.N or SETTINGS[args.task]["N"]
     if args.theory:
-        theory(load_runs(out, args.task), args.N, out / "theory.png")
+        theory(load_runs(out, args.task), N, out / "theory.png")
         print(f"Figure: {out / 'theory.png'}")
         return 0
 
-    losses = {"both": ["ce", "limited"], "all": [*LOSSES]}.get(args.loss, [args.loss])
-    recipes = [("limited" if N > 1 else "ce", N) for N in FRONTIER] if args.frontier else [(l, args.N) for l in losses]
-    seeds = range(args.seed, args.seed + args.seeds)
-    tasks = [build(args.task, seed, args.math_dir) for seed in seeds]
-    interrupted = False
+    changes = {key: getattr(args, key) for key in ("epochs", "traces", "interval") if getattr(args, key) is not None}
+    losses = {"both": ["ce", "limited"], "all": ["ce", "limited"] if args.task == "cot" else [*LOSSES]}
+    recipes = [(loss, N) for loss in losses.get(args.loss, [args.loss])]
+    if args.frontier:
+        recipes = [("limited" if n > 1 else "ce", n) for n in ((1, 2, 4, 8) if args.task == "prove" else COLUMNS)]
+    interrupted, model = False, None
     try:
-        for seed, task in zip(seeds, tasks):
-            for loss, N in recipes:
-                path = out / f"{task.name}-{loss}-N{1 if loss == 'ce' else N}-seed{seed}.json"
-                train(task, loss, N, seed, args.epochs, device, path)
+        for seed in range(args.seed, args.seed + args.seeds):
+            task = build(args.task, seed, args.math_dir)
+            for loss, n in recipes:
+                path = out / f"{task.name}-{loss}-N{1 if loss == 'ce' else n}-seed{seed}.json"
+                _, model = train(task, loss, n, seed, device, path, **changes)
     except KeyboardInterrupt:
         interrupted = True
         print(f"\nInterrupted; what was measured until then is kept in {out}", file=sys.stderr)
     except OSError as error:
         fail(f"cannot write to --out {out} ({error.strerror}): make room there; what was saved before is kept")
 
-    task, groups = tasks[0], load_runs(out, args.task)
-    if args.frontier and not interrupted:
-        epochs = SETTINGS[task.name]["epochs"] if args.epochs is None else args.epochs
-        ends = [("ce" if N == 1 else "limited", N, epochs) for N in FRONTIER]
-        frontier({key: groups[key] for key in ends}, out / f"{task.name}-frontier.png")
-        print(f"Figure: {out / f'{task.name}-frontier.png'}\n")
+    groups = load_runs(out, args.task)
     if groups:
-        N = measured_tries(groups, args.N)
+        goal, measured = aim(args.task, N), measured_tries(groups)
+        N = min(measured, key=lambda n: abs(math.log(n / goal)))  # where some run lacks that pass@N, the nearest
+        if args.frontier and not interrupted:
+            epochs = changes.get("epochs", SETTINGS[args.task]["epochs"])
+            frontier({(loss, n, epochs): groups[loss, n, epochs] for loss, n in recipes}, task, N,
+                     out / f"{task.name}-frontier.png")
+            print(f"Figure: {out / f'{task.name}-frontier.png'}\n")
         print_table(groups, task, N)
         print(in_words(groups, N))
         draw(groups, task, N, out / f"{task.name}.png")
         print(f"Figure: {out / f'{task.name}.png'}")
+    if model is not None:
+        print_example(model, task)
     return 130 if interrupted else 0
 
 

@@ -1,11 +1,15 @@
 """Tests against trusted references: exact arithmetic, brute force, sampling, and the effect itself in miniature."""
 
 import csv
+import functools
+import itertools
 import json
 import math
+import random
 import subprocess
 import sys
 import types
+from collections import Counter
 from decimal import Decimal, localcontext
 from fractions import Fraction
 from pathlib import Path
@@ -19,18 +23,20 @@ import passn
 import toy_tasks
 from passn import (GPT, answer_log_p, answer_logits, coverage_loss, dco_loss, estimate_pass_at_n, limited_policy, main,
                    optimal_policy, overconfidence_factor, pass_at_n, sample, train)
-from toy_tasks import END, PAD, TASKS
+from toy_tasks import ATOMS, END, PAD, TASKS
 
 SHARED = Path(__file__).resolve().parent.parent / "shared"
-TINY = dict(epochs=2, batch_size=50, learning_rate=1e-3, adam_eps=1e-3, hidden_words=0.0,
-            n_layer=1, n_head=2, n_embd=16)
+TINY = dict(N=64, epochs=2, evaluations=25, batch_size=50, learning_rate=1e-3, hidden_words=0.0,
+            n_layer=1, n_head=2, n_embd=16, traces=4, interval=1)
 
 
 @pytest.fixture
 def tiny(monkeypatch):
     """Every task with a tiny model and two epochs, for what does not depend on the size."""
     for name in passn.SETTINGS:
-        monkeypatch.setitem(passn.SETTINGS, name, TINY)
+        monkeypatch.setitem(passn.SETTINGS, name, TINY | ({"N": 4} if name == "prove" else {}))
+    monkeypatch.setitem(TASKS, "cot", functools.partial(toy_tasks.cot, num_train=30, num_test=6))
+    monkeypatch.setitem(TASKS, "prove", functools.partial(toy_tasks.prove, num_train=6, num_test=6))
 
 
 # ---- pass@N ----------------------------------------------------------------------------------------------
@@ -228,8 +234,8 @@ def test_padding_behind_an_answer_counts_nothing():
 def test_confidence_is_the_probability_of_the_greedy_answer():
     model, prompts = small_model(), torch.randint(2, 7, (40, 5))
     answers = torch.randint(2, 7, (40, 3))
-    _, log_confidence = passn.measure(model, prompts, answers)
-    for prompt, got in zip(prompts, log_confidence[0]):
+    _, confidence, _ = passn.measure_answers(model, prompts, answers, [1.0])[1.0]
+    for prompt, got in zip(prompts, confidence.log()):
         tokens, log_p = prompt[None], 0.0
         for _ in range(3):  # by hand: the likeliest token after the likeliest token …
             best = torch.log_softmax(model(tokens)[0, -1], -1).max(0)
@@ -238,6 +244,33 @@ def test_confidence_is_the_probability_of_the_greedy_answer():
             if best.indices == END:
                 break
         assert got.item() == pytest.approx(float(log_p), abs=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("temperature", [1.0, 1.6])
+def test_sampled_traces_agree_with_the_sum_over_all_traces(temperature):
+    model, draws = small_model(vocab_size=5, n_layer=1, n_embd=16), 20_000
+    prompts, answers = torch.randint(5, (4, 3)), torch.randint(5, (4, 3))
+    every = torch.cartesian_prod(*[torch.arange(5)] * 3)
+    exact, greedy_share = [], []
+    for prompt, answer in zip(prompts, answers):
+        logits = answer_logits(model, prompt.expand(len(every), -1), every) / temperature
+        p = torch.log_softmax(logits, -1).gather(2, every[..., None])[..., 0].sum(1).exp()
+        assert p.sum().item() == pytest.approx(1, abs=1e-5)
+        greedy = sample(model, prompt[None], 3, temperature=0)[0]
+        exact.append(p[every[:, -1] == answer[-1]].sum())
+        greedy_share.append(p[every[:, -1] == greedy[-1]].sum())
+    generator = torch.Generator().manual_seed(1)
+    p, confidence = passn.measure_traces(model, prompts, answers, 1, draws, temperature, generator)
+    for got, want in ((p, torch.stack(exact)), (confidence, torch.stack(greedy_share))):
+        assert ((got - want).abs() < 4 * (want * (1 - want) / draws).sqrt() + 1e-9).all()
+    estimate = passn.summary(p, confidence, draws, [8])["pass@8"]
+    assert estimate == pytest.approx(pass_at_n(torch.stack(exact), 8).mean().item(), abs=0.02)
+
+
+def test_from_samples_there_is_no_pass_at_more_tries_than_samples():
+    half = torch.tensor([0.5, 0.0])
+    assert passn.summary(half, half, 4, [1, 2, 8]) == {"pass@1": 0.25, "pass@2": pytest.approx(5 / 12), "confidence": 0.25}
 
 
 # ---- the tasks -------------------------------------------------------------------------------------------
@@ -263,6 +296,200 @@ def test_multiply_is_the_same_for_the_same_seed():
     one, again, other = TASKS["multiply"](3), TASKS["multiply"](3), TASKS["multiply"](4)
     assert torch.equal(one.train[0], again.train[0]) and torch.equal(one.test[1], again.test[1])
     assert not torch.equal(one.train[0], other.train[0])
+
+
+def test_traces_are_right_and_come_in_both_orders():
+    task, orders = TASKS["cot"](0, 200, 100), Counter()
+    for split in (task.train, task.test):
+        for prompt, trace in zip(texts(task, split[0]), texts(task, split[1])):
+            a, b = map(int, prompt[:-1].split("*"))
+            partial, answer = trace.split("=")
+            first, second = map(int, partial.split("+"))
+            assert int(answer) == a * b == first + second and {first, second} == {a * (b % 10), a * (b - b % 10)}
+            orders[first == a * (b % 10)] += 1
+    assert min(orders.values()) > 100 and task.final == 4
+    assert torch.equal(task.train[1], TASKS["cot"](0, 200, 100).train[1])
+    assert not set(texts(task, task.train[0])) & set(texts(task, task.test[0]))
+
+
+# ---- theorems and proofs ---------------------------------------------------------------------------------
+
+
+def small_theorem(pick, atoms="ab", hypotheses=3):
+    def formula(depth):
+        return pick.choice(atoms) if depth == 0 or pick.random() < 0.4 else (formula(depth - 1), formula(depth - 1))
+    return tuple(dict.fromkeys(formula(2) for _ in range(hypotheses))), formula(2)
+
+
+def value(formula, truth):
+    return truth[formula] if isinstance(formula, str) else not value(formula[0], truth) or value(formula[1], truth)
+
+
+def is_tautology(hypotheses, goal):
+    truths = (dict(zip(ATOMS, bits)) for bits in itertools.product([False, True], repeat=len(ATOMS)))
+    return all(value(goal, truth) or not all(value(h, truth) for h in hypotheses) for truth in truths)
+
+
+def as_term(steps):
+    """A lambda term from a proof's steps: ("lambda", type, body) or ("apply", number of the variable, arguments)."""
+    (hypotheses, goal), tactic = next(steps)
+    if tactic == 0:
+        return "lambda", goal[0], as_term(steps)
+    kind, arguments = hypotheses[tactic - 1], []
+    while kind != goal:
+        arguments.append(as_term(steps))
+        kind = kind[1]
+    return "apply", tactic, arguments
+
+
+def type_of(term, variables):
+    """The simply typed lambda calculus, which knows nothing of tactics. Variables are numbered as hypotheses are."""
+    if term[0] == "lambda":
+        _, kind, body = term
+        return kind, type_of(body, variables if kind in variables else (*variables, kind))
+    _, number, arguments = term
+    kind = variables[number - 1]
+    for argument in arguments:
+        premise, kind = kind
+        assert type_of(argument, variables) == premise
+    return kind
+
+
+def test_what_the_kernel_proves_is_true_and_a_typed_lambda_term():
+    pick, proved = random.Random(0), 0
+    for i in range(4000):
+        theorem = small_theorem(pick, "abc", 4) if i % 2 else toy_tasks.random_theorem(pick)
+        length, _, blind = toy_tasks.prospect(theorem)
+        assert (length < math.inf) == (blind > 0)
+        if length < math.inf:
+            proved += 1
+            proof = toy_tasks.shortest_proof(theorem)
+            assert len(proof) == length
+            assert is_tautology(*theorem)
+            assert type_of(as_term(iter(proof)), theorem[0]) == theorem[1]
+    assert proved > 1000
+
+
+def derivable(theorem):
+    """Natural deduction by brute force: all sequents over the theorem's subformulas, until nothing new follows."""
+    def parts(formula):
+        return {formula} if isinstance(formula, str) else {formula} | parts(formula[0]) | parts(formula[1])
+    universe = sorted(set().union(*map(parts, (*theorem[0], theorem[1]))), key=str)
+    contexts = [frozenset(c) for n in range(len(universe) + 1) for c in itertools.combinations(universe, n)]
+    contexts = [c for c in contexts if c >= set(theorem[0])]
+    known = {(c, a) for c in contexts for a in c}
+    while True:
+        new = {(c, (a, b)) for c in contexts for a, b in (f for f in universe if not isinstance(f, str))
+               if (c | {a}, b) in known}
+        new |= {(c, f[1]) for c, f in known if not isinstance(f, str) and (c, f[0]) in known}
+        if new <= known:
+            return (frozenset(theorem[0]), theorem[1]) in known
+        known |= new
+
+
+def test_the_kernel_is_complete_on_small_goals():
+    pick, counts = random.Random(1), Counter()
+    peirce = (((("a", "b"), "a"), "a"))  # true by truth table, but not provable without the excluded middle
+    theorems = [((), peirce), *(small_theorem(pick, hypotheses=2) for _ in range(300))]
+    for theorem in theorems:
+        provable = derivable(theorem)
+        assert (toy_tasks.prospect(theorem, 12)[0] < math.inf) == provable, theorem
+        counts[provable] += 1
+    assert min(counts.values()) > 50 and not derivable(theorems[0])
+
+
+def test_the_kernel_refuses_wrong_tactics():
+    state = (("a", ("a", "b"), ("b", "c")), "b")
+    assert toy_tasks.apply_tactic(state, 2) == ((state[0], "a"),) and toy_tasks.apply_tactic((state[0], "a"), 1) == ()
+    assert [toy_tasks.apply_tactic(state, bad) for bad in (0, 1, 3, 4, -1)] == [None] * 5
+    assert toy_tasks.apply_tactic(((), ("a", "a")), 0) == ((("a",), "a"),)
+    assert toy_tasks.apply_tactic((("a",), ("a", "a")), 0) == ((("a",), "a"),)  # known already, not added again
+
+
+def all_proofs(state, policy_of, depth):
+    """Every proof of a state as its probability, by enumeration."""
+    for tactic, left in toy_tasks.tactics(state).items() if depth else ():
+        for parts in itertools.product(*(all_proofs(part, policy_of, depth - 1) for part in left)):
+            yield policy_of(state, tactic) * math.prod(parts)
+
+
+def test_proof_p_is_the_sum_over_all_proofs_and_agrees_with_sampled_attempts():
+    search = TASKS["prove"](5, 3, 12).searches["test"]
+    torch.manual_seed(0)
+    logits = 2 * torch.randn(search.applicable.shape, dtype=torch.float64)
+    policy = torch.softmax(logits.masked_fill(~search.applicable, -torch.inf), -1)
+    p, row = passn.proof_p(policy, search), {state: i for i, state in enumerate(search.states)}
+    policy_of = lambda state, tactic: policy[row[state], toy_tasks.FIRST_TACTIC + tactic].item()
+    for exact, i in zip(p.tolist(), search.theorems.tolist()):
+        if search.states[i][0]:
+            proofs = [*itertools.islice(all_proofs(search.states[i], policy_of, toy_tasks.MAX_DEPTH), 10**5)]
+            assert len(proofs) == 10**5 or math.fsum(proofs) == pytest.approx(exact, rel=1e-9)
+    i, generator, draws = p.argmax().item(), torch.Generator().manual_seed(0), 3000
+    proofs = [passn.attempt_proof(policy, search, search.theorems[i].item(), generator) for _ in range(draws)]
+    assert abs(np.mean([proof is not None for proof in proofs]) - p[i]) < 4 * (p[i] * (1 - p[i]) / draws).sqrt()
+    proof = [(search.states[r], token - toy_tasks.FIRST_TACTIC) for r, token, _ in next(filter(None, proofs))]
+    assert type_of(as_term(iter(proof)), proof[0][0][0]) == proof[0][0][1]
+
+
+def test_blind_search_and_the_greedy_attempt_by_the_same_recursion():
+    search = TASKS["prove"](6, 3, 12).searches["test"]
+    uniform = search.applicable / search.applicable.sum(1, keepdim=True).double()
+    torch.testing.assert_close(passn.proof_p(uniform, search), search.blind, rtol=1e-9, atol=0)
+    assert 0 < search.blind.max() <= 0.05
+    sure = torch.nn.functional.one_hot(uniform.argmax(1), uniform.shape[1]).double()
+    assert passn.proof_p(sure, search, failure=1.0).tolist() == [1.0] * 12
+
+
+def renamings(theorem):
+    """The theorem under every renaming of its atoms, its hypotheses as a set."""
+    def rename(formula, new):
+        return new[formula] if isinstance(formula, str) else (rename(formula[0], new), rename(formula[1], new))
+    for order in itertools.permutations(ATOMS):
+        new = dict(zip(ATOMS, order))
+        yield frozenset(rename(h, new) for h in theorem[0]), rename(theorem[1], new)
+
+
+def test_theorems_are_hard_distinct_and_the_same_for_the_same_seed():
+    task, again, other = TASKS["prove"](3, 40, 20), TASKS["prove"](3, 40, 20), TASKS["prove"](4, 40, 20)
+    for one, two in ((task, again), (task, other)):
+        same = torch.equal(one.searches["test"].prompts, two.searches["test"].prompts)
+        assert same == (two is again)
+    assert torch.equal(task.train[1], again.train[1])
+    first = {texts(task, prompt[None])[0] for prompt in task.train[0]}
+    tests = [task.searches["test"].states[row] for row in task.searches["test"].theorems]
+    assert len(tests) == 20 and not first & {"".join(toy_tasks.spell(theorem)) for theorem in tests}
+    drawn, seen, pick = [], set(), random.Random(3)
+    while len(drawn) < 60:
+        theorem = toy_tasks.random_theorem(pick)
+        length, _, blind = toy_tasks.prospect(theorem)
+        if length < math.inf and blind <= toy_tasks.MAX_BLIND:
+            drawn.append(theorem)
+    for theorem in tests:
+        assert theorem in drawn  # the generator's own order
+    for theorem in drawn:
+        assert not any(form in seen for form in renamings(theorem))
+        seen.add((frozenset(theorem[0]), theorem[1]))
+
+
+def test_the_fingerprint_forgets_names_and_order_and_nothing_else():
+    pick, by_fingerprint = random.Random(0), {}
+    for _ in range(200):
+        hypotheses, goal = theorem = small_theorem(pick)
+        shuffled = pick.sample(hypotheses, len(hypotheses))
+        names = dict(zip(ATOMS, pick.sample(ATOMS, len(ATOMS))))
+        rename = lambda f: names[f] if isinstance(f, str) else (rename(f[0]), rename(f[1]))
+        assert toy_tasks.fingerprint(theorem) == toy_tasks.fingerprint((tuple(map(rename, shuffled)), rename(goal)))
+        form = min(str((sorted(map(str, hyps)), goal)) for hyps, goal in renamings(theorem))
+        assert by_fingerprint.setdefault(toy_tasks.fingerprint(theorem), form) == form
+
+
+def test_the_model_reads_all_of_a_state():
+    theorem = ((("a", "b"), ("c", "d")), "a"), ("b", "d")
+    assert "".join(toy_tasks.spell(theorem)) == "(ab)cd1a2⊢bd"
+    assert [toy_tasks.show(formula) for formula in (*theorem[0], theorem[1])] == ["(a→b)→c→d", "a", "b→d"]
+    steps = TASKS["prove"](0, 4, 4).train
+    chosen = steps[2].gather(1, steps[1])
+    assert chosen.all() and (steps[2].sum(1) >= 1).all()  # the tactic of the proof is among those that apply
 
 
 @pytest.mark.parametrize("solution, content, integer", [
@@ -309,7 +536,7 @@ def test_math_keeps_short_questions_with_integer_answers(math_dir):
     assert texts(task, task.train[0])[0] == "Whatis$1+1$?" and "<unk>" in texts(task, task.test[0])[2]
     assert (task.train[1][0].tolist()[1:]) == [END, PAD, PAD, PAD]
     assert task.guesses.tolist() == pytest.approx([2 / 3, 1 / 3]) and task.test_guess.tolist() == [0, -1, 1]
-    assert passn.blind_pass_at_n(task, lambda p: p, 2) == pytest.approx((8 / 9 + 0 + 5 / 9) / 3)
+    assert passn.blind_pass_at_n(task, lambda p, N: p, 2) == pytest.approx((8 / 9 + 0 + 5 / 9) / 3)
 
 
 def test_math_reads_the_original_release_and_the_datasets_package_alike(math_dir, tmp_path, monkeypatch):
@@ -334,8 +561,8 @@ def test_math_on_the_real_dataset():
         pytest.skip("no copy of MATH on this machine")
     task = TASKS["math"](0, SHARED / "math")
     assert len(task.train[0]) == 3022 and len(task.test[0]) == 1050  # counted once by other code
-    assert passn.blind_pass_at_n(task, lambda p: p, 64) == pytest.approx(0.532, abs=1e-3)
-    assert passn.blind_pass_at_n(task, lambda p: optimal_policy(p, 64), 64) == pytest.approx(0.579, abs=1e-3)
+    assert passn.blind_pass_at_n(task, lambda p, N: p, 64) == pytest.approx(0.532, abs=1e-3)
+    assert passn.blind_pass_at_n(task, optimal_policy, 64) == pytest.approx(0.579, abs=1e-3)
 
 
 # ---- theory ----------------------------------------------------------------------------------------------
@@ -482,9 +709,45 @@ def test_hiding_words_changes_training_and_nothing_else(tiny, math_dir, monkeypa
     assert plain[0]["test"] == hidden[0]["test"] and plain[-1]["test"] != hidden[-1]["test"]
 
 
-def test_one_problem_is_enough(tiny):
-    run, _ = train(TASKS["multiply"](0, 1, 1), "limited", 1_000_000)
-    assert 0 <= run["history"][-1]["test"]["pass@1000000"] <= 1
+@pytest.mark.parametrize("name", ["multiply", "cot", "prove"])
+def test_one_problem_is_enough(name, tiny):
+    run, _ = train(TASKS[name](0, num_train=3, num_test=1), "limited", 1_000_000)
+    assert 0 <= run["history"][-1]["test"]["pass@64"] <= 1
+    assert ("pass@1000000" in run["history"][-1]["test"]) == (name != "cot")
+
+
+def test_with_no_right_trace_the_approximate_loss_is_cross_entropy(tiny):
+    task = TASKS["cot"](0)
+    ce, limited = (train(task, loss, 64)[0] for loss in ("ce", "limited"))
+    assert limited["history"][-1]["test"] == ce["history"][-1]["test"] and "pass@512" not in ce["history"][0]["test"]
+    assert limited["history"][-1]["loss"] == pytest.approx(ce["history"][-1]["loss"], rel=1e-6)
+
+
+def test_right_traces_weigh_less(tiny, monkeypatch):
+    """Where all sampled traces are right, F is 0 and the model stays as it was."""
+    monkeypatch.setattr(passn, "measure_traces", lambda model, prompts, *_, **__: [torch.ones(len(prompts)).double()] * 2)
+    run, model = train(TASKS["cot"](0), "limited", 64)
+    torch.manual_seed(0)
+    untrained = GPT(len(TASKS["cot"](0).vocab), 20, n_layer=1, n_head=2, n_embd=16)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), untrained.parameters()))
+
+
+@pytest.mark.parametrize("name", ["cot", "prove"])
+def test_same_seed_same_run_on_every_task(name, tiny):
+    task = TASKS[name](0)
+    assert without_times(train(task, "limited")[0]) == without_times(train(task, "limited")[0])
+
+
+def test_a_run_on_proofs_has_their_shapes_and_the_steps_own_loss(tiny):
+    task = TASKS["prove"](0)
+    run, model = train(task, "limited", 4)
+    problems, last = run["problems"], run["history"][-1]["test"]
+    assert {*problems} == {"p", "confidence", "length", "branching", "blind"} and {len(v) for v in problems.values()} == {6}
+    assert last["pass@512"] == pytest.approx(pass_at_n(problems["p"], 512).mean().item())
+    x, y, applicable = task.train
+    logits = model(x)[:, -1].masked_fill(~applicable, -torch.inf)
+    log_p = torch.log_softmax(logits, -1).gather(1, y)[:, 0]
+    assert run["history"][-1]["loss"] == pytest.approx(dco_loss(log_p, 4).mean().item(), rel=1e-5)
 
 
 def test_the_effect_in_miniature(monkeypatch):
@@ -528,6 +791,41 @@ def test_main_on_math_shows_the_blind_guessers(tiny, tmp_path, math_dir, capsys)
     table = capsys.readouterr().out
     assert "blind, training frequencies" in table and "blind, optimal for each N" in table
     assert is_drawn(tmp_path / "out" / "math.png")
+
+
+def test_main_on_proofs_draws_the_frontier_and_prints_a_proof(tiny, tmp_path, capsys):
+    assert main(["--task", "prove", "--frontier", "--seeds", "2", "--out", str(tmp_path)]) == 0
+    said = capsys.readouterr().out
+    for words in ("trained with limited N=8", "ensemble", "blind search", "by the proof's length", "by the proof's branching"):
+        assert words in said
+    assert is_drawn(tmp_path / "prove-frontier.png") and is_drawn(tmp_path / "prove.png")
+    proof = said[said.index("A test theorem"):].splitlines()
+    hypotheses = [line.split(": ")[1] for line in proof[1:] if line[2:3].isdigit()]
+    assert len(hypotheses) >= 5 and any(line.startswith("  ⊢ ") for line in proof)
+    for line in proof:
+        if "apply" in line:  # what is applied ends in the goal
+            goal, formula = line.split("apply")[0].strip(), line.split(": ")[1]
+            assert formula.endswith(goal)
+
+
+def test_main_on_traces_prints_a_right_one(tiny, tmp_path, capsys, monkeypatch):
+    task = TASKS["cot"](0)
+    prompt, answer = task.test[0][0], task.test[1][0]
+
+    def lucky(model, prompts, num_new_tokens, temperature=1.0, generator=None):
+        return answer.expand(len(prompts), -1)
+
+    assert main(["--task", "cot", "--out", str(tmp_path)]) == 0
+    assert is_drawn(tmp_path / "cot.png") and "pass@512" not in capsys.readouterr().out
+    monkeypatch.setattr(passn, "sample", lucky)
+    assert main(["--task", "cot", "--epochs", "0", "--loss", "ce", "--out", str(tmp_path)]) == 0
+    assert texts(task, torch.cat([prompt, answer])[None])[0] in capsys.readouterr().out
+
+
+def test_an_ensemble_splits_its_tries(tmp_path):
+    p = torch.tensor([[0.1, 0.0, 0.5], [0.3, 0.2, 1.0]]).double()
+    assert passn.ensemble_pass_at_n(p, 8).tolist() == pytest.approx([1 - 0.9**4 * 0.7**4, 1 - 0.8**4, 1])
+    assert passn.ensemble_pass_at_n(p, 1).isnan().all()
 
 
 def fake_run(loss, pass_1, pass_64):
@@ -594,6 +892,8 @@ def refused(arguments, capsys):
     (["--N", "0"], "from 1"), (["--N", "-3"], "from 1"), (["--N", "1.5"], "whole number"), (["--N", "x"], "whole number"),
     (["--N", "1" * 5000], "whole number"), (["--loss", "x"], "limited"), (["--task", "x"], "multiply"),
     (["--device", "x"], "auto"), (["--epochs", "-1"], "from 0"), (["--seeds", "0"], "from 1"), (["--nonsense"], "nonsense"),
+    (["--traces", "8"], "--task cot"), (["--task", "prove", "--interval", "1"], "--task cot"),
+    (["--task", "cot", "--loss", "coverage"], "--loss ce"), (["--task", "cot", "--traces", "0"], "from 1"),
     (["--out", "/dev/null/x"], "folder"), (["--task", "math", "--math-dir", "/nowhere"], "train.jsonl"),
 ])
 def test_bad_arguments_get_one_line(arguments, hint, capsys, tmp_path, monkeypatch):

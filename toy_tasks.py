@@ -8,10 +8,14 @@ behind). Each builder below makes one; `TASKS` at the end lists them by name.
 import json
 import re
 from collections import Counter
+from functools import lru_cache
+from math import inf, prod
 from pathlib import Path
+from random import Random
 from typing import NamedTuple
 
 import torch
+from tqdm import tqdm
 
 PAD, END = 0, 1  # the first two tokens of every vocabulary: filling, and "the answer ends here"
 UNKNOWN = 2  # where prompts are made of words: a word that the vocabulary lacks
@@ -20,10 +24,12 @@ UNKNOWN = 2  # where prompts are made of words: a word that the vocabulary lacks
 class Task(NamedTuple):
     name: str
     vocab: list  # vocab[token] is the token's text
-    train: tuple  # prompts (P, prompt length) and answers (P, answer length), int64
-    test: tuple
+    train: tuple  # prompts (P, prompt length) and answers (P, answer length), int64; for proofs, one row for each step
+    test: tuple  # of the problems' proofs, and a third: the tokens that can be the answer (steps, vocabulary)
     guesses: torch.Tensor | None = None  # where answers can be guessed: how often each is right in training (A,)
     test_guess: torch.Tensor | None = None  # the test answers' places in `guesses` (P,), -1 where not among them
+    final: int = 0  # where an answer holds a reasoning trace: its last so many tokens are what counts
+    searches: dict | None = None  # of proofs: {"train": Search, "test": Search}
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -35,16 +41,234 @@ def multiply(seed=0, num_train=2000, num_test=1000):
     """Products of two two-digit numbers. Every pair of factors is drawn once, in one order, so no test problem is
     a train problem, not even with its factors swapped."""
     vocab = ["<pad>", "<end>", *"0123456789*="]
-    pairs = torch.combinations(torch.arange(10, 100), with_replacement=True)  # a <= b: 4,095 of them
-    generator = torch.Generator().manual_seed(seed)
-    pairs = pairs[torch.randperm(len(pairs), generator=generator)[: num_train + num_test]]
-    swap = torch.rand(len(pairs), generator=generator) < 0.5
-    pairs[swap] = pairs[swap].flip(1)
-
+    pairs, _ = factors(seed, num_train + num_test)
     prompts = encode([f"{a}*{b}=" for a, b in pairs.tolist()], vocab)
     answers = encode([f"{a * b:04d}" for a, b in pairs.tolist()], vocab)
     return Task("multiply", vocab, (prompts[:num_train], answers[:num_train]),
                 (prompts[num_train:], answers[num_train:]))
+
+
+def factors(seed, number):
+    """`number` random pairs of two-digit numbers (number, 2), no pair twice, not even swapped; and the generator."""
+    pairs = torch.combinations(torch.arange(10, 100), with_replacement=True)  # a <= b: 4,095 of them
+    generator = torch.Generator().manual_seed(seed)
+    pairs = pairs[torch.randperm(len(pairs), generator=generator)[:number]]
+    swap = torch.rand(len(pairs), generator=generator) < 0.5
+    pairs[swap] = pairs[swap].flip(1)
+    return pairs, generator
+
+
+# ----------------------------------------------------------------------------------------------------------
+# cot: 37*58: -> 1850+0296=2146, multiplication with its working (a chain of thought)
+# ----------------------------------------------------------------------------------------------------------
+
+
+def cot(seed=0, num_train=500, num_test=300):
+    """The products of `multiply`, each answered by a trace: the two partial products in either order, and their sum.
+    Each training problem has one trace, of an order drawn once; right is whatever ends in the right sum."""
+    vocab = ["<pad>", "<end>", *"0123456789*:+="]
+    pairs, generator = factors(seed, num_train + num_test)
+    units_first = (torch.rand(len(pairs), generator=generator) < 0.5).tolist()
+    traces = []
+    for (a, b), swap in zip(pairs.tolist(), units_first):
+        partial = [a * (b - b % 10), a * (b % 10)]
+        first, second = partial[::-1] if swap else partial
+        traces.append(f"{first:04d}+{second:04d}={a * b:04d}")
+    prompts, answers = encode([f"{a}*{b}:" for a, b in pairs.tolist()], vocab), encode(traces, vocab)
+    return Task("cot", vocab, (prompts[:num_train], answers[:num_train]), (prompts[num_train:], answers[num_train:]),
+                final=4)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# prove: theorems of implicational logic, one tactic at a time
+#
+# A formula is an atom ("a") or an implication, a pair (premise, conclusion). A state of a proof is a pair too: the
+# hypotheses, a tuple of formulas numbered from 1, and the goal, a formula. A theorem is the state a proof starts from.
+# A tactic is a number: 0 is `intro`, k is `apply k`. Everything goes through `apply_tactic`, the kernel: what it takes
+# to the end is proved, whoever chose the tactics.
+# ----------------------------------------------------------------------------------------------------------
+
+ATOMS = "abcde"
+MAX_DEPTH = 6  # an attempt that has used so many tactics on one branch of the proof gives up
+MAX_BLIND = 0.02  # theorems that blind search proves more often are too easy
+MAX_PROMPT = 64  # tokens
+PROVE_VOCAB = ["<pad>", "<end>", "intro", *map(str, range(1, 9 + len(ATOMS))), *ATOMS, "(", ")", "⊢"]
+FIRST_TACTIC = 2  # the token of tactic k is FIRST_TACTIC + k: `intro`, or a hypothesis's number
+
+
+def apply_tactic(state, tactic):
+    """The states that are left to prove after a tactic, () where that ends the proof; None if it does not apply.
+
+    intro: the goal A→B becomes B, with A among the hypotheses. apply k, where hypothesis k is A1→…→An→goal: A1 … An are
+    left, under the same hypotheses (n = 0: it is the goal itself)."""
+    hypotheses, goal = state
+    if tactic == 0:
+        if isinstance(goal, str):
+            return None
+        premise, conclusion = goal
+        return ((hypotheses if premise in hypotheses else (*hypotheses, premise), conclusion),)
+    if not 1 <= tactic <= len(hypotheses):
+        return None
+    formula, left = hypotheses[tactic - 1], ()
+    while formula != goal:
+        if isinstance(formula, str):
+            return None
+        premise, formula = formula
+        left += ((hypotheses, premise),)
+    return left
+
+
+@lru_cache(512)
+def tactics(state):
+    """{tactic: the states it leaves}, for all tactics that apply."""
+    left = {tactic: apply_tactic(state, tactic) for tactic in range(len(state[0]) + 1)}
+    return {tactic: states for tactic, states in left.items() if states is not None}
+
+
+@lru_cache(512)
+def prospect(state, depth=MAX_DEPTH):
+    """For attempts with at most `depth` tactics on a branch: the number of tactics in the state's shortest proof (inf if
+    there is none), the first of them (of several, the lowest), and the probability that blind search, a uniform choice
+    among the tactics that apply, proves the state. What a tactic leaves is proved part by part, independently."""
+    length, first, blind = inf, None, 0.0
+    for tactic, left in tactics(state).items() if depth else ():
+        parts = [prospect(part, depth - 1) for part in left]
+        blind += prod(part[2] for part in parts) / len(tactics(state))
+        if 1 + sum(part[0] for part in parts) < length:
+            length, first = 1 + sum(part[0] for part in parts), tactic
+    return length, first, blind
+
+
+def shortest_proof(state, depth=MAX_DEPTH):
+    """The steps [(state, tactic), …] of a state's shortest proof, depth first."""
+    _, tactic, _ = prospect(state, depth)
+    return [(state, tactic)] + [step for part in tactics(state)[tactic] for step in shortest_proof(part, depth - 1)]
+
+
+def reachable(theorem):
+    """The states in which an attempt at the theorem can have to choose a tactic, the theorem first."""
+    states, frontier = {}, [theorem]
+    for _ in range(MAX_DEPTH):
+        frontier = [state for state in dict.fromkeys(frontier) if state not in states and tactics(state)]
+        states |= dict.fromkeys(frontier)
+        frontier = [part for state in frontier for left in tactics(state).values() for part in left]
+    return [*states]
+
+
+def show(formula):
+    """(("a", "b"), ("c", "d")) -> '(a→b)→c→d'"""
+    if isinstance(formula, str):
+        return formula
+    premise, conclusion = formula
+    return (premise if isinstance(premise, str) else f"({show(premise)})") + "→" + show(conclusion)
+
+
+def spell(state):
+    """A state as the model reads it: its formulas without arrows, each hypothesis followed by its number (right behind the
+    atom that a goal must match), then ⊢ and the goal. ['(', 'a', 'b', ')', 'c', 'd', '1', 'a', '2', '⊢', 'd']"""
+    hypotheses, goal = state
+    numbered = [[*show(formula).replace("→", ""), str(number)] for number, formula in enumerate(hypotheses, 1)]
+    return [*sum(numbered, []), "⊢", *show(goal).replace("→", "")]
+
+
+class Search(NamedTuple):
+    """All that attempts at some theorems can come to, as rows of tables. Row i < S is a state, row S stands for "proved"
+    and row S + 1 for a dead end. Tactics are given by their tokens."""
+    states: list  # the S states
+    prompts: torch.Tensor  # (S, MAX_PROMPT)
+    applicable: torch.Tensor  # (S, vocabulary): the tactics that apply
+    left: torch.Tensor  # (S, vocabulary, 2): the rows that each of them leaves to prove
+    theorems: torch.Tensor  # (P,) the theorems' rows
+    length: torch.Tensor  # (P,) the number of tactics in the shortest proof
+    branching: torch.Tensor  # (P,) how many tactics apply along it, on average
+    blind: torch.Tensor  # (P,) the probability that one attempt of blind search proves the theorem
+
+
+def prove(seed=0, num_train=300, num_test=300):
+    """Theorems (eight random hypotheses and a goal) that can be proved, but hardly by blind search. A training example is
+    a state of a theorem's shortest proof and the tactic used there. No theorem is another one with its atoms renamed or
+    its hypotheses in another order."""
+    random, theorems = Random(seed), {}
+    with tqdm(total=num_train + num_test, desc="drawing theorems", leave=False) as bar:
+        while len(theorems) < num_train + num_test:
+            theorem = random_theorem(random)
+            length, _, blind = prospect(theorem)
+            if length < inf and blind <= MAX_BLIND and max(len(spell(s)) for s in reachable(theorem)) <= MAX_PROMPT:
+                theorems.setdefault(fingerprint(theorem), theorem)
+                bar.update(len(theorems) - bar.n)
+    train, test = [*theorems.values()][:num_train], [*theorems.values()][num_train:]
+    return Task("prove", PROVE_VOCAB, proof_steps(train), proof_steps(test),
+                searches={"train": search(train[:100]), "test": search(test)})
+
+
+def random_theorem(random):
+    """Hypotheses and a goal (an atom, or an implication between two), which may or may not follow."""
+    def atom():
+        return random.choice(ATOMS)
+
+    def formula():  # an atom behind 0 to 2 premises, each an atom or, four times in ten, an implication
+        result = atom()
+        for _ in range(random.choices([0, 1, 2], [1, 5, 4])[0]):
+            result = (atom() if random.random() < 0.6 else (atom(), atom())), result
+        return result
+
+    hypotheses = dict.fromkeys(formula() for _ in range(8))  # none twice
+    return tuple(hypotheses), atom() if random.random() < 0.6 else (atom(), atom())
+
+
+def fingerprint(theorem):
+    """A text that is the same for theorems that differ only in the atoms' names and the hypotheses' order: each atom's
+    name becomes its rank among the descriptions of what stands around the atoms, again and again."""
+    hypotheses, goal = theorem
+    names = dict.fromkeys(ATOMS, "")
+
+    def renamed(formula, marked=None):
+        if isinstance(formula, str):
+            return names[formula] + "*" * (formula == marked)
+        return f"({renamed(formula[0], marked)}→{renamed(formula[1], marked)})"
+
+    for _ in ATOMS:
+        around = {atom: str([sorted(renamed(h, atom) for h in hypotheses), renamed(goal, atom)]) for atom in ATOMS}
+        ranks = sorted(set(around.values()))
+        names = {atom: str(ranks.index(around[atom])) for atom in ATOMS}
+    return str([sorted(map(renamed, hypotheses)), renamed(goal)])
+
+
+def proof_steps(theorems):
+    """The steps of the theorems' shortest proofs: prompts (n, MAX_PROMPT), tactics (n, 1) and the tactics that applied
+    (n, vocabulary)."""
+    states, chosen = zip(*(step for theorem in theorems for step in dict.fromkeys(shortest_proof(theorem))))
+    return read(states), torch.tensor(chosen)[:, None] + FIRST_TACTIC, applicable_tactics(states)
+
+
+def read(states):
+    """The states as prompts, padded in front: (number of states, MAX_PROMPT)."""
+    texts = [spell(state) for state in states]
+    return encode([["<pad>"] * (MAX_PROMPT - len(text)) + text for text in texts], PROVE_VOCAB)
+
+
+def applicable_tactics(states):
+    """(number of states, vocabulary): true for the tokens of the tactics that apply."""
+    applicable = torch.zeros(len(states), len(PROVE_VOCAB), dtype=torch.bool)
+    for row, state in zip(applicable, states):
+        row[[FIRST_TACTIC + tactic for tactic in tactics(state)]] = True
+    return applicable
+
+
+def search(theorems):
+    """The `Search` of some theorems."""
+    states = [*dict.fromkeys(state for theorem in theorems for state in reachable(theorem))]
+    row, S = {state: i for i, state in enumerate(states)}, len(states)
+    left = torch.full((S, len(PROVE_VOCAB), 2), S)
+    for state in states:
+        for tactic, parts in tactics(state).items():
+            for i, part in enumerate(parts):
+                left[row[state], FIRST_TACTIC + tactic, i] = row.get(part, S + 1)
+    proofs = [shortest_proof(theorem) for theorem in theorems]
+    branching = [sum(len(tactics(state)) for state, _ in proof) / len(proof) for proof in proofs]
+    return Search(states, read(states), applicable_tactics(states), left,
+                  torch.tensor([row[theorem] for theorem in theorems]), torch.tensor([*map(len, proofs)]),
+                  torch.tensor(branching), torch.tensor([prospect(theorem)[2] for theorem in theorems], dtype=torch.float64))
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -175,4 +399,4 @@ def encode(texts, vocab):
     return torch.tensor([[token[piece] for piece in text] for text in texts])
 
 
-TASKS = {"multiply": multiply, "math": math}
+TASKS = {"multiply": multiply, "cot": cot, "prove": prove, "math": math}
