@@ -762,6 +762,16 @@ def test_the_effect_in_miniature(monkeypatch):
     assert limited["history"][-1]["test"]["confidence"] < 0.6 * ce["history"][-1]["test"]["confidence"]
 
 
+def test_the_effect_on_proofs_in_miniature(monkeypatch):
+    monkeypatch.setitem(passn.SETTINGS, "prove",
+                        TINY | dict(epochs=50, evaluations=5, batch_size=25, learning_rate=5e-3, n_head=4, n_embd=48))
+    task = TASKS["prove"](1, 40, 40)
+    ce, limited = ([record["test"]["pass@64"] for record in train(task, loss, 4, seed=1)[0]["history"]]
+                   for loss in ("ce", "limited"))
+    assert ce[-1] < 0.75 * max(ce) and limited[-1] > 1.3 * ce[-1]
+    assert max(ce) > 1.5 * pass_at_n(task.searches["test"].blind, 64).mean()  # it learned, too
+
+
 def is_drawn(path):
     pixels = plt.imread(path)[..., :3]
     return pixels.shape[0] > 300 and len(np.unique(pixels.reshape(-1, 3), axis=0)) > 50
