@@ -277,8 +277,8 @@ def measure_answers(model, prompts, answers, temperatures):
 
 @torch.no_grad()
 def measure_traces(model, prompts, answers, final, num_samples, temperature=1.0, generator=None):
-    """p and confidence where only the last `final` tokens of a trace count: of num_samples sampled traces, the share that
-    ends in the right answer, and the share that ends as the greedy trace does."""
+    """p and confidence where only the last `final` tokens of a trace count: of num_samples sampled traces, the share
+    that ends in the right answer, and the share that ends as the greedy trace does."""
     shares = []
     for x, y in zip(prompts.split(32), answers.split(32)):
         traces = sample(model, x.repeat_interleave(num_samples, dim=0), y.shape[1], temperature, generator)
@@ -303,15 +303,15 @@ def measure_proofs(model, search, temperatures):
 
 @torch.no_grad()
 def tactic_logits(model, search):
-    """The logits of the tactics in all states of a `Search`: (S, vocab_size), float64, -inf where one does not apply."""
+    """The tactics' logits in all states of a `Search`: (S, vocab_size), float64, -inf where a tactic does not apply."""
     prompts = search.prompts.to(model.head.weight.device)
     logits = torch.cat([model(x, last=1)[:, 0] for x in prompts.split(250)])
     return logits.double().cpu().masked_fill(~search.applicable, -torch.inf)
 
 
 def proof_p(policy, search, failure=0.0):
-    """The probability that an attempt proves each theorem: (P,) float64. policy: (S, vocab_size), the probability of each
-    tactic in each state of the `Search`.
+    """The probability that an attempt proves each theorem: (P,) float64. policy: (S, vocab_size), the probability of
+    each tactic in each state of the `Search`.
 
     A state is proved if a tactic is chosen all of whose remaining states are proved, each by choices of its own. With d
     tactics left on a branch that is p_d(s) = Σ_t policy(t|s) Π_s' p_(d-1)(s'), and p_0 = `failure` = 0."""
@@ -339,8 +339,8 @@ def attempt_proof(policy, search, row, generator=None, depth=MAX_DEPTH):
 
 
 def summary(p, confidence, num_samples, tries):
-    """{"pass@1": …, "confidence": …}: means over the problems, of what `measure` gives for one temperature. From samples
-    there is no pass@N for more tries than samples."""
+    """{"pass@1": …, "confidence": …}: means over the problems, of what `measure` gives for one temperature. From
+    samples there is no pass@N for more tries than samples."""
     if num_samples:
         result = {n: estimate_pass_at_n(num_samples, (p * num_samples).round(), n) for n in tries if n <= num_samples}
     else:
@@ -375,8 +375,8 @@ def train(task, loss="limited", N=None, seed=0, device="cpu", path=None, **chang
     is given the run is saved there after every evaluation. `changes` are to the task's `SETTINGS`, epochs=10 say.
 
     Where p(y|x) sums over traces, autograd has only the log p of the one trace that is trained on. The limited loss is
-    then the paper's approximate one: F(N, p̂) times that trace's cross-entropy, where p̂ is the share of right ones among
-    `traces` traces sampled for each training problem, anew every `interval` epochs. With p̂ = 0, F is 1."""
+    then the paper's approximate one: F(N, p̂) times that trace's cross-entropy, where p̂ is the share of right ones
+    among `traces` traces sampled for each training problem, anew every `interval` epochs. With p̂ = 0, F is 1."""
     settings = SETTINGS[task.name] | changes
     N, epochs, batch_size = N or settings["N"], settings["epochs"], settings["batch_size"]
     examples = [tensor.to(device) for tensor in task.train]  # prompts, answers, and for proofs what else was allowed
@@ -384,8 +384,8 @@ def train(task, loss="limited", N=None, seed=0, device="cpu", path=None, **chang
     torch.manual_seed(seed)  # the same first weights and the same order of examples for every loss
     model = GPT(len(task.vocab), prompt_length + examples[1].shape[1],
                 **{key: settings[key] for key in ("n_layer", "n_head", "n_embd")}).to(device)
-    # Adam divides a gradient by its own recent size, and so would undo what F does where *every* example is nearly solved;
-    # an eps far above the usual 1e-8 lets a small gradient make a smaller step.
+    # Adam divides a gradient by its own recent size, and so would undo what F does where *every* example is nearly
+    # solved; an eps far above the usual 1e-8 lets a small gradient make a smaller step.
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.99), eps=1e-3, weight_decay=0.0, fused=True)
     order, sampler = torch.Generator().manual_seed(seed), torch.Generator(device).manual_seed(seed)
     num_steps, step = epochs * math.ceil(num_examples / batch_size), 0
@@ -408,9 +408,9 @@ def train(task, loss="limited", N=None, seed=0, device="cpu", path=None, **chang
                 run["history"].append({"epoch": epoch, "loss": value, "seconds": seconds} | measured)
                 if path:
                     save(run, path)
-                shown = [key for key in measured["test"] if key in ("pass@1", f"pass@{aim(task.name, N)}", "confidence")]
+                shown = ("pass@1", f"pass@{aim(task.name, N)}", "confidence")
                 bar.set_postfix_str(f"epoch {epoch}, loss {value:.2f}, " + ", ".join(
-                    f"{key} {measured['test'][key]:.3f}" for key in shown))
+                    f"{key} {mean:.3f}" for key, mean in measured["test"].items() if key in shown))
             if epoch == epochs:
                 break
             if task.final and loss == "limited" and epoch % settings["interval"] == 0:
@@ -692,41 +692,42 @@ def in_words(groups, N):
     return " ".join(sentences)
 
 
-def print_example(model, task):
-    """The first test problem that the model solves in 64 tries: a right reasoning trace, or the proof, line by line."""
+def print_trace(model, task):
+    """A right reasoning trace for the first test problem that has one among 64 sampled ones."""
     device = model.head.weight.device
     generator = torch.Generator(device).manual_seed(0)
-    if task.final:
-        for prompt, answer in zip(*task.test):
-            traces = sample(model, prompt.to(device).expand(64, -1), len(answer), generator=generator).cpu()
-            right = traces[(traces[:, -task.final:] == answer[-task.final:]).all(dim=1)]
-            if len(right):
-                text = "".join(task.vocab[token] for token in [*prompt, *right[0]])
-                print(f"\nA test problem with a right trace, one of {len(right)} among 64: {text}")
-                return
-    if task.searches:
-        search = task.searches["test"]
-        policy = F.softmax(tactic_logits(model, search), dim=-1)
-        for row in search.theorems.tolist():
-            for attempt in range(1, 65):
-                if proof := attempt_proof(policy, search, row):
-                    hypotheses, goal = search.states[row]
-                    print(f"\nA test theorem, and the proof that attempt {attempt} found:")
-                    print("\n".join(f"  {i}: {show(formula)}" for i, formula in enumerate(hypotheses, 1)))
-                    print(f"  ⊢ {show(goal)}")
-                    print_proof(proof, search)
-                    return
+    for prompt, answer in zip(*task.test):
+        traces = sample(model, prompt.to(device).expand(64, -1), len(answer), generator=generator).cpu()
+        right = traces[(traces[:, -task.final:] == answer[-task.final:]).all(dim=1)]
+        if len(right):
+            text = "".join(task.vocab[token] for token in [*prompt, *right[0]])
+            print(f"\nA test problem and a right trace, one of {len(right)} among 64: {text}")
+            return
 
 
-def print_proof(proof, search):
-    """Each line a goal and the tactic used on it; what the tactic leaves to prove stands indented below."""
+def print_proof(model, task):
+    """The first test theorem that is proved within 64 attempts, and the proof: each line a goal and the tactic used on
+    it; what the tactic leaves to prove stands below, indented."""
+    search, generator = task.searches["test"], torch.Generator().manual_seed(0)
+    policy = F.softmax(tactic_logits(model, search), dim=-1)
+    attempts = ((row, n, attempt_proof(policy, search, row, generator))
+                for row in search.theorems.tolist() for n in range(1, 65))
+    row, n, proof = next((attempt for attempt in attempts if attempt[2]), (None, None, None))
+    if proof is None:
+        return
+    hypotheses, goal = search.states[row]
+    print(f"\nA test theorem, and the proof that attempt {n} found:")
+    for number, formula in enumerate(hypotheses, 1):
+        print(f"  {number}: {show(formula)}")
+    print(f"  ⊢ {show(goal)}")
     for row, token, depth in proof:
         hypotheses, goal = search.states[row]
         tactic = token - FIRST_TACTIC
-        used = f"apply {tactic}: {show(hypotheses[tactic - 1])}" if tactic else "intro"
-        if tactic == 0:
-            after, _ = apply_tactic((hypotheses, goal), 0)[0]
-            used += f", with {after.index(goal[0]) + 1}: {show(goal[0])}"
+        if tactic:
+            used = f"apply {tactic}: {show(hypotheses[tactic - 1])}"
+        else:
+            (assumed, _), = apply_tactic((hypotheses, goal), tactic)
+            used = f"intro {assumed.index(goal[0]) + 1}: {show(goal[0])}"
         print(f"{'  ' * (MAX_DEPTH - depth + 2)}{show(goal)}".ljust(28) + used)
 
 
@@ -758,8 +759,8 @@ def draw(groups, task, N, path):
         for stage, style in (("at the end", "-"), ("best epoch", "--")):
             if stage == "at the end" or key[0] == "ce":
                 shown = f"{label}, {stage}" if key[0] == "ce" else label
-                line(tries, measured, *mean_and_error([[at(run, N, stage)[f"pass@{n}"] for n in measured] for run in runs]),
-                     color=color, linestyle=style, label=shown)
+                values = [[at(run, N, stage)[f"pass@{n}"] for n in measured] for run in runs]
+                line(tries, measured, *mean_and_error(values), color=color, linestyle=style, label=shown)
                 by_temperature = [[by_T(record) for record in run["history"]] for run in runs]  # (seeds, epochs, T)
                 line(temperature, temperatures, *mean_and_error(
                     [values[-1] if stage == "at the end" else np.max(values, axis=0) for values in by_temperature]),
@@ -1018,8 +1019,10 @@ def main(argv=None):
         print(in_words(groups, N))
         draw(groups, task, N, out / f"{task.name}.png")
         print(f"Figure: {out / f'{task.name}.png'}")
-    if model is not None:
-        print_example(model, task)
+    if model is not None and task.final:
+        print_trace(model, task)
+    if model is not None and task.searches:
+        print_proof(model, task)
     return 130 if interrupted else 0
 
 

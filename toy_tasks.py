@@ -127,9 +127,9 @@ def tactics(state):
 
 @lru_cache(512)
 def prospect(state, depth=MAX_DEPTH):
-    """For attempts with at most `depth` tactics on a branch: the number of tactics in the state's shortest proof (inf if
-    there is none), the first of them (of several, the lowest), and the probability that blind search, a uniform choice
-    among the tactics that apply, proves the state. What a tactic leaves is proved part by part, independently."""
+    """For attempts with at most `depth` tactics on a branch: the number of tactics in the state's shortest proof (inf
+    if there is none), the first of them (of several, the lowest), and the probability that blind search, a uniform
+    choice among the tactics that apply, proves the state. What a tactic leaves is proved part by part."""
     length, first, blind = inf, None, 0.0
     for tactic, left in tactics(state).items() if depth else ():
         parts = [prospect(part, depth - 1) for part in left]
@@ -164,16 +164,16 @@ def show(formula):
 
 
 def spell(state):
-    """A state as the model reads it: its formulas without arrows, each hypothesis followed by its number (right behind the
-    atom that a goal must match), then ⊢ and the goal. ['(', 'a', 'b', ')', 'c', 'd', '1', 'a', '2', '⊢', 'd']"""
+    """A state as the model reads it: its formulas without arrows, each hypothesis followed by its number (right behind
+    the atom that a goal must match), then ⊢ and the goal: ['(', 'a', 'b', ')', 'c', 'd', '1', 'a', '2', '⊢', 'd']"""
     hypotheses, goal = state
     numbered = [[*show(formula).replace("→", ""), str(number)] for number, formula in enumerate(hypotheses, 1)]
     return [*sum(numbered, []), "⊢", *show(goal).replace("→", "")]
 
 
 class Search(NamedTuple):
-    """All that attempts at some theorems can come to, as rows of tables. Row i < S is a state, row S stands for "proved"
-    and row S + 1 for a dead end. Tactics are given by their tokens."""
+    """All that attempts at some theorems can come to, as rows of tables. Row i < S is a state, row S stands for
+    "proved" and row S + 1 for a dead end. Tactics are given by their tokens."""
     states: list  # the S states
     prompts: torch.Tensor  # (S, MAX_PROMPT)
     applicable: torch.Tensor  # (S, vocabulary): the tactics that apply
@@ -185,9 +185,9 @@ class Search(NamedTuple):
 
 
 def prove(seed=0, num_train=300, num_test=300):
-    """Theorems (eight random hypotheses and a goal) that can be proved, but hardly by blind search. A training example is
-    a state of a theorem's shortest proof and the tactic used there. No theorem is another one with its atoms renamed or
-    its hypotheses in another order."""
+    """Theorems (eight random hypotheses and a goal) that can be proved, but hardly by blind search. A training example
+    is a state of a theorem's shortest proof and the tactic used there. No theorem is another one with its atoms renamed
+    or its hypotheses in another order."""
     random, theorems = Random(seed), {}
     with tqdm(total=num_train + num_test, desc="drawing theorems", leave=False) as bar:
         while len(theorems) < num_train + num_test:
@@ -266,9 +266,10 @@ def search(theorems):
                 left[row[state], FIRST_TACTIC + tactic, i] = row.get(part, S + 1)
     proofs = [shortest_proof(theorem) for theorem in theorems]
     branching = [sum(len(tactics(state)) for state, _ in proof) / len(proof) for proof in proofs]
+    blind = [prospect(theorem)[2] for theorem in theorems]
     return Search(states, read(states), applicable_tactics(states), left,
                   torch.tensor([row[theorem] for theorem in theorems]), torch.tensor([*map(len, proofs)]),
-                  torch.tensor(branching), torch.tensor([prospect(theorem)[2] for theorem in theorems], dtype=torch.float64))
+                  torch.tensor(branching), torch.tensor(blind, dtype=torch.float64))
 
 
 # ----------------------------------------------------------------------------------------------------------
