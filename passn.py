@@ -271,7 +271,7 @@ def measure_answers(model, prompts, answers, temperatures):
         for result, answer in ((log_p, y), (log_confidence, greedy)):
             logits = answer_logits(model, x, answer)
             result.append(torch.stack([answer_log_p(logits, answer, T) for T in temperatures]))
-    p, confidence = (torch.cat(result, dim=1).double().exp().cpu() for result in (log_p, log_confidence))
+    p, confidence = (torch.cat(result, dim=1).cpu().double().exp() for result in (log_p, log_confidence))
     return {T: (p[i], confidence[i], None) for i, T in enumerate(temperatures)}
 
 
@@ -279,13 +279,13 @@ def measure_answers(model, prompts, answers, temperatures):
 def measure_traces(model, prompts, answers, final, num_samples, temperature=1.0, generator=None):
     """p and confidence where only the last `final` tokens of a trace count: of num_samples sampled traces, the share
     that ends in the right answer, and the share that ends as the greedy trace does."""
-    shares = []
+    counts = []
     for x, y in zip(prompts.split(32), answers.split(32)):
         traces = sample(model, x.repeat_interleave(num_samples, dim=0), y.shape[1], temperature, generator)
         ends = traces[:, -final:].view(len(x), num_samples, final)
         greedy = sample(model, x, y.shape[1], temperature=0)
-        shares.append([(ends == end[:, None, -final:]).all(dim=2).double().mean(dim=1) for end in (y, greedy)])
-    return [torch.cat(share).cpu() for share in zip(*shares)]
+        counts.append([(ends == end[:, None, -final:]).all(dim=2).sum(dim=1) for end in (y, greedy)])
+    return [torch.cat(count).cpu().double() / num_samples for count in zip(*counts)]
 
 
 @torch.no_grad()
@@ -306,7 +306,7 @@ def tactic_logits(model, search):
     """The tactics' logits in all states of a `Search`: (S, vocab_size), float64, -inf where a tactic does not apply."""
     prompts = search.prompts.to(model.head.weight.device)
     logits = torch.cat([model(x, last=1)[:, 0] for x in prompts.split(250)])
-    return logits.double().cpu().masked_fill(~search.applicable, -torch.inf)
+    return logits.cpu().double().masked_fill(~search.applicable, -torch.inf)
 
 
 def proof_p(policy, search, failure=0.0):
@@ -825,10 +825,10 @@ def frontier(groups, task, N, path):
         color, marker = styles[name]
         curves.errorbar(tries, *mean_and_error(values), color=color, marker=marker, label=name, capsize=2)
     best = [[at(run, N, "best epoch")[f"pass@{n}"] for n in tries] for run in next(iter(groups.values()))]
-    curves.plot(tries, np.mean(best, axis=0), "--", color=COLORS["ce"], label="cross-entropy, best epoch")
+    curves.errorbar(tries, *mean_and_error(best), color=COLORS["ce"], linestyle="--", label="cross-entropy, best epoch")
     for (name, values), style in zip(rivals.items(), (":", "--", "-.")):
         color, style = ("black", "-") if name == "ensemble" else ("grey", style)
-        curves.plot(tries, values.mean(axis=0), color=color, linestyle=style, label=name)
+        curves.errorbar(tries, *mean_and_error(values), color=color, linestyle=style, label=name)
     curves.set_xscale("log", base=2)
     curves.set_xticks([tries[i] for i in shown], [tries[i] for i in shown])
     curves.set(title="pass@N at the end of training", xlabel="tries N in the test", ylabel="share of test problems",
