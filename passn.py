@@ -228,7 +228,7 @@ def sample(model, prompts, num_new_tokens, temperature=1.0, generator=None):
 TRIES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)  # pass@N is measured for these N, and for the run's own
 COLUMNS = (1, 8, 64, 512)  # and shown for these
 TEMPERATURES = (1.0, 0.7, 1.3, 1.6, 2.0, 2.5)
-TRACES = {1.0: 128, 0.7: 64, 1.3: 64}  # where p is estimated: how many traces are sampled at each temperature
+TRACES = {1.0: 128, 1.3: 64, 1.6: 64}  # where p is estimated: how many traces are sampled at each temperature
 
 
 def measure(model, task, split, temperatures=TEMPERATURES):
@@ -745,7 +745,8 @@ def draw(groups, task, N, path):
         axis.plot(xs, mean, **style)
         axis.fill_between(xs, mean - error, mean + error, color=style["color"], alpha=0.2, linewidth=0)
 
-    temperatures = sorted([1.0, *map(float, next(iter(groups.values()))[0]["history"][0]["tempered"])])
+    tempered = set.intersection(*({*run["history"][0]["tempered"]} for runs in groups.values() for run in runs))
+    temperatures = sorted([1.0, *map(float, tempered)])
     by_T = lambda record: [(record["tempered"] | {"1": record["test"]})[f"{T:g}"][f"pass@{N}"] for T in temperatures]
     for key, runs in groups.items():
         color, label = colors[key], labels[key]
