@@ -594,10 +594,13 @@ def load_runs(out, task_name):
     return {key: groups[key] for key in sorted(groups)}
 
 
-def measured_tries(groups):
-    """The N, in order, whose pass@N all runs have measured."""
-    return sorted(set.intersection(*({int(key[5:]) for key in record["test"] if key.startswith("pass@")}
-                                     for runs in groups.values() for run in runs for record in run["history"])))
+def measured_tries(groups, everywhere=False):
+    """The N, in order, whose pass@N all runs have measured, or have measured at every temperature."""
+    records = [record for runs in groups.values() for run in runs for record in run["history"]]
+    tests = [record["test"] for record in records]
+    if everywhere:
+        tests += [test for record in records for test in record["tempered"].values()]
+    return sorted(set.intersection(*({int(key[5:]) for key in test if key.startswith("pass@")} for test in tests)))
 
 
 def labels_of(groups):
@@ -1009,7 +1012,7 @@ def main(argv=None):
 
     groups = load_runs(out, args.task)
     if groups:
-        goal, measured = aim(args.task, N), measured_tries(groups)
+        goal, measured = aim(args.task, N), measured_tries(groups, everywhere=True)
         N = min(measured, key=lambda n: abs(math.log(n / goal)))  # where some run lacks that pass@N, the nearest
         if args.frontier and not interrupted:
             epochs = changes.get("epochs", SETTINGS[args.task]["epochs"])

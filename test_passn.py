@@ -825,7 +825,7 @@ def test_main_on_traces_prints_a_right_one(tiny, tmp_path, capsys, monkeypatch):
     def lucky(model, prompts, num_new_tokens, temperature=1.0, generator=None):
         return answer.expand(len(prompts), -1)
 
-    assert main(["--task", "cot", "--out", str(tmp_path)]) == 0
+    assert main(["--task", "cot", "--N", "100", "--out", str(tmp_path)]) == 0  # more than are sampled at T = 1.3
     assert is_drawn(tmp_path / "cot.png") and "pass@512" not in capsys.readouterr().out
     monkeypatch.setattr(passn, "sample", lucky)
     assert main(["--task", "cot", "--epochs", "0", "--loss", "ce", "--out", str(tmp_path)]) == 0
