@@ -997,9 +997,9 @@ def main(argv=None):
     recipes = [(loss, N) for loss in losses.get(args.loss, [args.loss])]
     if args.frontier:
         recipes = [("limited" if n > 1 else "ce", n) for n in ((1, 2, 4, 8) if args.task == "prove" else COLUMNS)]
-    interrupted, model = False, None
+    seeds, interrupted, model = range(args.seed, args.seed + args.seeds), False, None
     try:
-        for seed in range(args.seed, args.seed + args.seeds):
+        for seed in seeds:
             task = build(args.task, seed, args.math_dir)
             for loss, n in recipes:
                 path = out / f"{task.name}-{loss}-N{1 if loss == 'ce' else n}-seed{seed}.json"
@@ -1016,8 +1016,9 @@ def main(argv=None):
         N = min(measured, key=lambda n: abs(math.log(n / goal)))  # where some run lacks that pass@N, the nearest
         if args.frontier and not interrupted:
             epochs = changes.get("epochs", SETTINGS[args.task]["epochs"])
-            frontier({(loss, n, epochs): groups[loss, n, epochs] for loss, n in recipes}, task, N,
-                     out / f"{task.name}-frontier.png")
+            ends = {key: [run for run in groups[key] if run["seed"] in seeds]  # every N with the same seeds
+                    for key in ((loss, n, epochs) for loss, n in recipes)}
+            frontier(ends, task, N, out / f"{task.name}-frontier.png")
             print(f"Figure: {out / f'{task.name}-frontier.png'}\n")
         print_table(groups, task, N)
         print(in_words(groups, N))

@@ -804,10 +804,17 @@ def test_main_on_math_shows_the_blind_guessers(tiny, tmp_path, math_dir, capsys)
 
 
 def test_main_on_proofs_draws_the_frontier_and_prints_a_proof(tiny, tmp_path, capsys):
-    assert main(["--task", "prove", "--frontier", "--seeds", "2", "--out", str(tmp_path)]) == 0
+    assert main(["--task", "prove", "--loss", "ce", "--out", str(tmp_path)]) == 0
+    assert main(["--task", "prove", "--frontier", "--seed", "1", "--seeds", "2", "--out", str(tmp_path)]) == 0
+    ends = [json.loads((tmp_path / f"prove-{loss}-seed{seed}.json").read_text())["problems"]["p"]
+            for seed in (1, 2) for loss in ("ce-N1", "limited-N2", "limited-N4", "limited-N8")]
+    teams = torch.tensor(ends).double().view(2, 4, -1)  # seed 0, which only cross-entropy has, is in no team
+    ensemble = np.mean([passn.ensemble_pass_at_n(team, 64).mean() for team in teams])
     said = capsys.readouterr().out
     for words in ("trained with limited N=8", "ensemble", "blind search", "by the proof's length", "by the proof's branching"):
         assert words in said
+    row = next(line for line in said.splitlines() if line.startswith("ensemble"))
+    assert f"{ensemble:.3f} ±" in row
     assert is_drawn(tmp_path / "prove-frontier.png") and is_drawn(tmp_path / "prove.png")
     proof = said[said.index("A test theorem"):].splitlines()
     hypotheses = [line.split(": ")[1] for line in proof[1:] if line[2:3].isdigit()]
