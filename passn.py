@@ -153,17 +153,17 @@ class Block(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(n_embd, 4 * n_embd), nn.GELU(), nn.Linear(4 * n_embd, n_embd))
 
     def forward(self, x, mask, cache=None):
-        """x (B, T, C) -> (B, Q, C): its last Q positions, looking at K positions where mask (Q, K) is true."""
+        """x (B, T, C) -> (B, Q, C): its last Q positions, looking at K positions where mask (Q, K) is 0, not -inf."""
         B, T, C = x.shape
         Q, K = mask.shape
         normed = self.ln_1(x)
         q = self.query(normed[:, -Q:])
         k, v = self.key_value(normed).split(C, dim=-1)
-        if cache is not None:  # (2, B, block_size, C): the K - T positions before x are in it already
-            cache[0][:, K - T:K], cache[1][:, K - T:K] = k, v
-            k, v = cache[0][:, :K], cache[1][:, :K]
         q, k, v = (t.view(B, -1, self.n_head, C // self.n_head).transpose(1, 2) for t in (q, k, v))  # (B, heads, ·, ·)
-        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        if cache is not None:  # (2, B, heads, ·, ·): the K - T positions before x are in it already
+            cache[0][:, :, K - T:K], cache[1][:, :, K - T:K] = k, v
+            k, v = cache[:, :, :, :K]
+        attended = (q * q.shape[-1] ** -0.5 @ k.transpose(-1, -2) + mask).softmax(dim=-1) @ v
         x = x[:, -Q:] + self.projection(attended.transpose(1, 2).reshape(B, Q, C))
         return x + self.mlp(self.ln_2(x))
 
@@ -171,13 +171,13 @@ class Block(nn.Module):
 class GPT(nn.Module):
     def __init__(self, vocab_size, block_size, n_layer=2, n_head=4, n_embd=128):
         super().__init__()
-        self.n_layer, self.n_embd = n_layer, n_embd
+        self.n_layer, self.n_head, self.n_embd = n_layer, n_head, n_embd
         self.token_embedding = nn.Embedding(vocab_size, n_embd)
         self.position_embedding = nn.Embedding(block_size, n_embd)
         self.blocks = nn.ModuleList(Block(n_embd, n_head) for _ in range(n_layer))
         self.ln = nn.LayerNorm(n_embd)
         self.head = nn.Linear(n_embd, vocab_size, bias=False)
-        self.register_buffer("causal", torch.ones(block_size, block_size, dtype=torch.bool).tril(), persistent=False)
+        self.register_buffer("causal", torch.full((block_size, block_size), -torch.inf).triu(1), persistent=False)
         for name, parameter in self.named_parameters():
             if parameter.dim() == 2:
                 nn.init.normal_(parameter, std=0.02)
@@ -194,13 +194,20 @@ class GPT(nn.Module):
             x = block(x, self.causal[first:end, :end], None if cache is None else cache[i])
         return self.head(self.ln(x))
 
+    def new_cache(self, B, length):
+        """Room for the keys and values of B texts of at most `length` tokens."""
+        shape = self.n_layer, 2, B, self.n_head, length, self.n_embd // self.n_head
+        return torch.empty(shape, device=self.head.weight.device)
+
 
 @torch.no_grad()
-def sample(model, prompts, num_new_tokens, temperature=1.0, generator=None):
+def sample(model, prompts, num_new_tokens, temperature=1.0, generator=None, cache=None):
     """Continue prompts (B, T) by sampling each next token from softmax(logits / temperature), greedily at
-    temperature 0. Returns the (B, num_new_tokens) new tokens."""
-    B, T = prompts.shape
-    cache = torch.empty(model.n_layer, 2, B, T + num_new_tokens, model.n_embd, device=prompts.device)
+    temperature 0. Returns the (B, num_new_tokens) new tokens. A cache that is given is left filled."""
+    if cache is None:
+        cache = model.new_cache(min(len(prompts), 1024), prompts.shape[1] + num_new_tokens)  # small: memory is slow
+        return torch.cat([sample(model, x, num_new_tokens, temperature, generator, cache[:, :, :len(x)])
+                          for x in prompts.split(1024)])
     tokens, start, new_tokens = prompts, 0, []
     for _ in range(num_new_tokens):
         logits = model(tokens, last=1, cache=cache, start=start)[:, 0]
@@ -264,12 +271,14 @@ def answer_log_p(logits, answers, temperature=1.0):
 def measure_answers(model, prompts, answers, temperatures):
     """`measure` where the whole answer counts: exact, and one pass serves all temperatures."""
     log_p, log_confidence = [], []
+    room = model.new_cache(250, prompts.shape[1] + answers.shape[1])
     for x, y in zip(prompts.split(250), answers.split(250)):
-        greedy = sample(model, x, y.shape[1], temperature=0)
+        cache = room[:, :, :len(x)]
+        greedy = sample(model, x, y.shape[1], temperature=0, cache=cache)  # reads the prompts into the cache, for good
         is_end = greedy == END
         greedy[is_end.cumsum(dim=1) - is_end.long() > 0] = PAD  # behind the end, whatever was sampled is no answer
         for result, answer in ((log_p, y), (log_confidence, greedy)):
-            logits = answer_logits(model, x, answer)
+            logits = model(torch.cat([x[:, -1:], answer[:, :-1]], dim=1), cache=cache, start=x.shape[1] - 1)
             result.append(torch.stack([answer_log_p(logits, answer, T) for T in temperatures]))
     p, confidence = (torch.cat(result, dim=1).cpu().double().exp() for result in (log_p, log_confidence))
     return {T: (p[i], confidence[i], None) for i, T in enumerate(temperatures)}
@@ -357,7 +366,7 @@ def summary(p, confidence, num_samples, tries):
 # The same for every loss. N is the limited loss's: in `prove`, for each tactic. Hiding a share of a question's words,
 # other ones each time, makes questions harder to learn by heart, and matters on MATH. traces, interval: see `train`.
 SETTINGS = {
-    "multiply": dict(N=64, epochs=70, evaluations=25, batch_size=50, learning_rate=1e-3, hidden_words=0.0,
+    "multiply": dict(N=64, epochs=75, evaluations=15, batch_size=100, learning_rate=1.5e-3, hidden_words=0.0,
                      n_layer=2, n_head=4, n_embd=128),
     "cot": dict(N=64, epochs=120, evaluations=12, batch_size=50, learning_rate=3e-3, hidden_words=0.0,
                 n_layer=2, n_head=4, n_embd=64, traces=32, interval=2),
@@ -395,8 +404,9 @@ def train(task, loss="limited", N=None, seed=0, device="cpu", path=None, **chang
         return LOSSES[loss](log_p, N) if weights is None else -(weights[batch] * log_p).mean()
 
     run = {"task": task.name, "loss": loss, "N": 1 if loss == "ce" else N, "seed": seed,
-           "config": settings | {"device": device}, "history": [], "problems": {}}
-    start = time.perf_counter()
+           "config": settings | {"device": device}, "tokens_per_second": 0, "history": [], "problems": {}}
+    num_tokens = num_examples * (prompt_length + examples[1].shape[1] - 1)  # read in an epoch
+    start, step_seconds = time.perf_counter(), 0.0
     with tqdm(total=num_steps, desc=f"{task.name} {name_of(loss, run['N'])}, seed {seed}") as bar:
         for epoch in range(epochs + 1):
             if epoch == epochs or epoch % math.ceil(epochs / settings["evaluations"]) == 0:
@@ -404,6 +414,8 @@ def train(task, loss="limited", N=None, seed=0, device="cpu", path=None, **chang
                 with torch.no_grad():
                     x, y, *allowed = (tensor[:500] for tensor in examples)
                     value = objective(answer_log_p(answer_logits(model, x, y, *allowed), y), slice(500)).item()
+                if epoch:
+                    run["tokens_per_second"] = round(epoch * num_tokens / step_seconds)
                 seconds = round(time.perf_counter() - start, 2)
                 run["history"].append({"epoch": epoch, "loss": value, "seconds": seconds} | measured)
                 if path:
@@ -416,6 +428,7 @@ def train(task, loss="limited", N=None, seed=0, device="cpu", path=None, **chang
             if task.final and loss == "limited" and epoch % settings["interval"] == 0:
                 p, _ = measure_traces(model, *examples, task.final, settings["traces"], generator=sampler)
                 weights = overconfidence_factor(p.log(), N).float().to(device)
+            began = time.perf_counter()
             for batch in torch.randperm(num_examples, generator=order).to(device).split(batch_size):
                 for group in optimizer.param_groups:
                     group["lr"] = settings["learning_rate"] * schedule(step / num_steps)
@@ -429,6 +442,8 @@ def train(task, loss="limited", N=None, seed=0, device="cpu", path=None, **chang
                 optimizer.step()
                 step += 1
                 bar.update()
+            log_p.sum().item()  # wait for the GPU
+            step_seconds += time.perf_counter() - began
     return run, model
 
 
@@ -1003,7 +1018,9 @@ def main(argv=None):
             task = build(args.task, seed, args.math_dir)
             for loss, n in recipes:
                 path = out / f"{task.name}-{loss}-N{1 if loss == 'ce' else n}-seed{seed}.json"
-                _, model = train(task, loss, n, seed, device, path, **changes)
+                run, model = train(task, loss, n, seed, device, path, **changes)
+                print(f"{name_of(loss, run['N'])}, seed {seed}: {run['history'][-1]['seconds']:.0f} s, "
+                      f"{run['tokens_per_second']:,} training tokens per second, saved in {path}")
     except KeyboardInterrupt:
         interrupted = True
         print(f"\nInterrupted; what was measured until then is kept in {out}", file=sys.stderr)

@@ -18,6 +18,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 import passn
 import toy_tasks
@@ -182,10 +183,41 @@ def test_cached_and_last_logits_are_those_of_the_full_pass():
     full = model(tokens)
     assert full.shape == (5, 12, 7)
     torch.testing.assert_close(model(tokens, last=4), full[:, -4:], rtol=0, atol=1e-5)
-    cache = torch.full((3, 2, 5, 12, 32), torch.nan)  # a position read before it is written would show
+    cache = model.new_cache(5, 12).fill_(torch.nan)  # a position read before it is written would show
     steps = [model(tokens[:, :6], cache=cache)]
     steps += [model(tokens[:, i:i + 1], cache=cache, start=i) for i in range(6, 12)]
     torch.testing.assert_close(torch.cat(steps, dim=1), full, rtol=0, atol=1e-5)
+
+
+def test_gradients_are_those_of_a_plain_gpt_with_torchs_own_attention():
+    model, tokens = small_model(), torch.randint(7, (5, 12))
+
+    def plain(tokens):
+        x = model.token_embedding(tokens) + model.position_embedding.weight[:12]
+        for block in model.blocks:
+            normed = block.ln_1(x)
+            q, k, v = (t.unflatten(-1, (block.n_head, -1)).transpose(1, 2)
+                       for t in (block.query(normed), *block.key_value(normed).chunk(2, dim=-1)))
+            x = x + block.projection(F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2))
+            x = x + block.mlp(block.ln_2(x))
+        return model.head(model.ln(x))
+
+    def gradients(logits):
+        return torch.autograd.grad(F.cross_entropy(logits.flatten(0, 1), tokens[:, -4:].flatten()), model.parameters())
+
+    for ours, theirs in zip(gradients(model(tokens, last=4)), gradients(plain(tokens)[:, -4:])):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+
+
+@torch.no_grad()
+def test_sampling_in_chunks_is_sampling():
+    """2,500 prompts: greedy tokens are the full pass's likeliest, sampled ones are the same for the same seed."""
+    model, prompts = small_model(n_layer=1, n_embd=16), torch.randint(7, (2500, 4))
+    greedy = sample(model, prompts, 5, temperature=0)
+    logits = model(torch.cat([prompts, greedy], dim=1))[:, 3:-1]
+    assert (logits.gather(2, greedy[:, :, None])[..., 0] > logits.amax(dim=2) - 1e-4).all()
+    one, other = (sample(model, prompts, 5, generator=torch.Generator().manual_seed(0)) for _ in range(2))
+    assert torch.equal(one, other) and one.shape == (2500, 5) and not torch.equal(one[:1024], one[1024:2048])
 
 
 @torch.no_grad()
@@ -678,7 +710,7 @@ def test_main_draws_the_theory_without_training(tiny, tmp_path, capsys):
 
 
 def without_times(run):
-    return run | {"history": [record | {"seconds": None} for record in run["history"]]}
+    return run | {"tokens_per_second": 0, "history": [record | {"seconds": 0} for record in run["history"]]}
 
 
 def test_same_seed_same_run(tiny):
@@ -692,7 +724,9 @@ def test_a_run_is_as_described(tiny, tmp_path):
     assert json.loads((tmp_path / "run.json").read_text()) == run
     assert [path.name for path in tmp_path.iterdir()] == ["run.json"]
     assert [record["epoch"] for record in run["history"]] == [0, 1, 2]
-    assert set(run) == {"task", "loss", "N", "seed", "config", "history", "problems"}
+    assert set(run) == {"task", "loss", "N", "seed", "config", "tokens_per_second", "history", "problems"}
+    assert 0 < run["history"][1]["seconds"] <= run["history"][-1]["seconds"]
+    assert run["tokens_per_second"] > 2 * 200 * 9 / run["history"][-1]["seconds"]  # 9 tokens are read of each example
     last, p = run["history"][-1], torch.tensor(run["problems"]["p"])
     for n in (1, 8, 50, 64, 512):
         assert last["test"][f"pass@{n}"] == pytest.approx(pass_at_n(p, n).mean().item())
@@ -953,6 +987,7 @@ def test_as_a_program_it_exits_with_2_and_no_traceback():
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_cuda_learns_what_the_cpu_learns(tiny):
-    runs = [train(TASKS["multiply"](0, 200, 100), "limited", 64, device=device)[0] for device in ("cpu", "cuda")]
+@pytest.mark.parametrize("name", ["multiply", "cot", "prove"])
+def test_cuda_learns_what_the_cpu_learns(name, tiny):
+    runs = [train(TASKS[name](0), "limited", 64, device=device)[0] for device in ("cpu", "cuda")]
     assert runs[0]["history"][-1]["loss"] == pytest.approx(runs[1]["history"][-1]["loss"], rel=1e-2)
