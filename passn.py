@@ -649,8 +649,7 @@ def at(run, N, stage):
     return max(candidates, key=lambda test: test[f"pass@{N}"])
 
 
-STAGES = {"ce": ["at the end", "best epoch", "best epoch and temperature"], "limited": ["at the end"],
-          "coverage": ["at the end", "best epoch"]}
+STAGES = {"ce": ["at the end", "best epoch", "best epoch and temperature"], "coverage": ["at the end", "best epoch"]}
 
 
 def print_table(groups, task, N):
@@ -658,7 +657,7 @@ def print_table(groups, task, N):
     tries = [n for n in measured_tries(groups) if n in (*COLUMNS, N)]
     columns = [*(f"pass@{n}" for n in tries), "confidence"]
     rows = {f"{label}, {stage}": [[at(run, N, stage)[column] for column in columns] for run in groups[key]]
-            for key, label in labels_of(groups).items() for stage in STAGES[key[0]]}
+            for key, label in labels_of(groups).items() for stage in STAGES.get(key[0], ["at the end"])}
     for label, blind in blind_rivals(task, groups).items():
         rows[label] = [[blind(n) for n in tries]]
     print_rows(columns, rows)
@@ -753,8 +752,9 @@ def draw(groups, task, N, path):
     """The main figure: what each loss does to pass@1, pass@N and confidence as training goes on, and at its end."""
     labels, more, colors = labels_of(groups), iter(MORE_COLORS * 9), {}
     for key in groups:
-        fresh = COLORS[key[0]] not in colors.values() and key[1] in (1, N, SETTINGS[task.name]["N"])
-        colors[key] = COLORS[key[0]] if fresh else next(more)
+        color = COLORS.get(key[0])
+        fresh = color not in (None, *colors.values()) and key[1] in (1, N, SETTINGS[task.name]["N"])
+        colors[key] = color if fresh else next(more)
     measured = [n for n in measured_tries(groups) if n in TRIES]
     figure, axes = plt.subplots(2, 3, figsize=(12, 7.2), layout="constrained")
     (pass_1, pass_N, confidence), (histogram, tries, temperature) = axes
@@ -945,7 +945,7 @@ def theory(groups, N, file):
             path_c, path_pass = (curve(runs, lambda record: record["test"][key])[1]
                                  for key in ("confidence", f"pass@{N}"))
             confidence.plot(path_c[1:], path_pass[1:], ".--",  # but for epoch 0, before any training
-                            color=COLORS[loss], linewidth=1, label=f"trained: {name_of(loss, n)}, pass@{N}")
+                            color=COLORS.get(loss, "grey"), linewidth=1, label=f"trained: {name_of(loss, n)}, pass@{N}")
         confidence.legend(frameon=False, loc="upper left")
     confidence.set(title="(c) The best confidence (dots) falls as N grows", xscale="log", xlim=(1 / K, 1.5), ylim=(0, 1.1),
                    xlabel=f"confidence c in a favourite that is right with probability {a}", ylabel="pass@N")
@@ -1004,7 +1004,7 @@ def main(argv=None):
     N = args.N or SETTINGS[args.task]["N"]
     if args.theory:
         theory(load_runs(out, args.task), N, out / "theory.png")
-        print(f"Figure: {out / 'theory.png'}")
+        present(out / "theory.png")
         return 0
 
     changes = {key: getattr(args, key) for key in ("epochs", "traces", "interval") if getattr(args, key) is not None}
@@ -1036,11 +1036,11 @@ def main(argv=None):
             ends = {key: [run for run in groups[key] if run["seed"] in seeds]  # every N with the same seeds
                     for key in ((loss, n, epochs) for loss, n in recipes)}
             frontier(ends, task, N, out / f"{task.name}-frontier.png")
-            print(f"Figure: {out / f'{task.name}-frontier.png'}\n")
+            present(out / f"{task.name}-frontier.png")
         print_table(groups, task, N)
         print(in_words(groups, N))
         draw(groups, task, N, out / f"{task.name}.png")
-        print(f"Figure: {out / f'{task.name}.png'}")
+        present(out / f"{task.name}.png")
     if model is not None and task.final:
         print_trace(model, task)
     if model is not None and task.searches:
@@ -1053,6 +1053,14 @@ def build(name, seed, math_dir):
         return TASKS[name](seed, math_dir) if name == "math" else TASKS[name](seed)
     except (OSError, ValueError) as error:
         fail(error)
+
+
+def present(path):
+    """Say where a figure is; in a notebook, show it."""
+    print(f"Figure: {path}")
+    if "ipykernel" in sys.modules:
+        from IPython.display import Image, display
+        display(Image(path))
 
 
 def choose_device(name):

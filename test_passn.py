@@ -5,7 +5,9 @@ import functools
 import itertools
 import json
 import math
+import os
 import random
+import re
 import subprocess
 import sys
 import types
@@ -991,3 +993,64 @@ def test_as_a_program_it_exits_with_2_and_no_traceback():
 def test_cuda_learns_what_the_cpu_learns(name, tiny):
     runs = [train(TASKS[name](0), "limited", 64, device=device)[0] for device in ("cpu", "cuda")]
     assert runs[0]["history"][-1]["loss"] == pytest.approx(runs[1]["history"][-1]["loss"], rel=1e-2)
+
+
+# ---- the README ------------------------------------------------------------------------------------------
+
+ROOT = Path(passn.__file__).parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+# What the README's lines for the Hugging Face Trainer leave to the reader: a model (a tiny Llama with random weights), and
+# texts of 12 tokens of which the last 1 to 4 are the answer. The arguments come from outside, so that the lines run as
+# they stand; a batch is the whole data, in one piece, in two, or on two processes.
+BEFORE_TRAINER = """
+import functools, json, os, sys
+import torch, transformers
+torch.manual_seed(0)
+model = transformers.LlamaForCausalLM(transformers.LlamaConfig(
+    vocab_size=16, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2))
+texts = torch.randint(16, (24, 12))
+train_dataset = [{"input_ids": text, "labels": torch.where(torch.arange(12) < 11 - i % 4, -100, text)}
+                 for i, text in enumerate(texts)]
+start = {name: value.clone() for name, value in model.state_dict().items()}
+defaults = dict(num_train_epochs=2, optim="sgd", learning_rate=0.5, lr_scheduler_type="constant", max_grad_norm=0.0,
+                report_to="none", save_strategy="no", use_cpu=True, disable_tqdm=True, **json.loads(sys.argv[1]))
+transformers.TrainingArguments.__init__ = functools.partialmethod(transformers.TrainingArguments.__init__, **defaults)
+"""
+AFTER_TRAINER = """
+if os.environ.get("RANK", "0") == "0":
+    torch.save((texts, start, model.state_dict()), sys.argv[2])
+"""
+
+
+@pytest.mark.parametrize("processes, arguments", [
+    (1, {"per_device_train_batch_size": 24}),
+    (1, {"per_device_train_batch_size": 12, "gradient_accumulation_steps": 2}),
+    (2, {"per_device_train_batch_size": 12})])
+def test_the_readmes_trainer_takes_the_steps_of_a_loop_by_hand(processes, arguments, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("accelerate")
+    lines, = (block for block in re.findall(r"```python\n(.*?)```", README, re.S) if "compute_loss_func" in block)
+    assert lines.count("\n") <= 15
+    script, result = tmp_path / "finetune.py", tmp_path / "result.pt"
+    script.write_text(BEFORE_TRAINER + lines + AFTER_TRAINER)
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] if processes > 1 else []
+    done = subprocess.run([sys.executable, *launcher, script, json.dumps(arguments), result], cwd=tmp_path,
+                          env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    texts, start, trained = torch.load(result)
+
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(
+        vocab_size=16, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2))
+    model.load_state_dict(start)
+    for _ in range(2):
+        log_probs = model(texts).logits.log_softmax(dim=-1)
+        log_p = torch.stack([sum(log_probs[i, t - 1, text[t]] for t in range(11 - i % 4, 12))
+                             for i, text in enumerate(texts)])
+        gradients = torch.autograd.grad(dco_loss(log_p, 64).mean(), model.parameters())
+        with torch.no_grad():
+            for parameter, gradient in zip(model.parameters(), gradients):
+                parameter -= 0.5 * gradient
+    for name, value in model.state_dict().items():
+        torch.testing.assert_close(trained[name], value, rtol=1e-4, atol=1e-6)
+        assert name.endswith("norm.weight") or not torch.equal(value, start[name])
