@@ -135,9 +135,10 @@ LOSSES = {  # from the batch's log_p (B,) and N to the number that is minimized
 # ==========================================================================================================
 # 3. A small GPT
 #
-# The usual decoder: token and position embeddings, blocks of attention and MLP, logits for the next token. Two things
-# are for speed and change no number. `last`: where only the last few logits are wanted (the answer's), the last block
-# computes only those. `cache`: in sampling, the keys and values of past positions are kept, not computed anew.
+# The usual decoder: token and position embeddings, blocks of attention and MLP, logits for the next token. Attention is
+# written out, since for texts this short that is faster than PyTorch's own. Two more things are for speed and change no
+# number. `last`: where only the last few logits are wanted (the answer's), the last block computes only those. `cache`:
+# in sampling, the keys and values of past positions are kept, not computed anew.
 # ==========================================================================================================
 
 
@@ -205,7 +206,8 @@ def sample(model, prompts, num_new_tokens, temperature=1.0, generator=None, cach
     """Continue prompts (B, T) by sampling each next token from softmax(logits / temperature), greedily at
     temperature 0. Returns the (B, num_new_tokens) new tokens. A cache that is given is left filled."""
     if cache is None:
-        cache = model.new_cache(min(len(prompts), 1024), prompts.shape[1] + num_new_tokens)  # small: memory is slow
+        # In chunks that share one cache: a large one would spend its time waiting for memory.
+        cache = model.new_cache(min(len(prompts), 1024), prompts.shape[1] + num_new_tokens)
         return torch.cat([sample(model, x, num_new_tokens, temperature, generator, cache[:, :, :len(x)])
                           for x in prompts.split(1024)])
     tokens, start, new_tokens = prompts, 0, []
@@ -274,7 +276,7 @@ def measure_answers(model, prompts, answers, temperatures):
     room = model.new_cache(250, prompts.shape[1] + answers.shape[1])
     for x, y in zip(prompts.split(250), answers.split(250)):
         cache = room[:, :, :len(x)]
-        greedy = sample(model, x, y.shape[1], temperature=0, cache=cache)  # reads the prompts into the cache, for good
+        greedy = sample(model, x, y.shape[1], temperature=0, cache=cache)  # from here on the cache knows the prompts
         is_end = greedy == END
         greedy[is_end.cumsum(dim=1) - is_end.long() > 0] = PAD  # behind the end, whatever was sampled is no answer
         for result, answer in ((log_p, y), (log_confidence, greedy)):
@@ -581,7 +583,9 @@ def blind_pass_at_n(task, policy, N):
 
 
 # ==========================================================================================================
-# 7. Tables and figures, from the saved runs
+# 7. Tables and figures
+#
+# All from the saved runs; nothing here is needed to understand the rest.
 # ==========================================================================================================
 
 # Okabe and Ito's colours, which the colour-blind can tell apart.

@@ -825,6 +825,14 @@ def test_main_trains_saves_and_draws_every_saved_run(tiny, tmp_path, capsys):
     assert is_drawn(tmp_path / "multiply.png")
 
 
+def test_a_new_loss_is_one_line(tiny, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(passn.LOSSES, "focal", lambda log_p, N: -((1 - log_p.exp()) ** 2 * log_p).mean())
+    for loss in ("ce", "focal"):
+        assert main(["--loss", loss, "--out", str(tmp_path)]) == 0
+    assert "focal N=64, at the end" in capsys.readouterr().out and (tmp_path / "multiply.png").stat().st_size > 20_000
+    assert main(["--theory", "--out", str(tmp_path)]) == 0
+
+
 def test_main_draws_the_frontier(tiny, tmp_path, capsys):
     assert main(["--frontier", "--epochs", "1", "--out", str(tmp_path)]) == 0
     assert len(list(tmp_path.glob("*.json"))) == 4
@@ -999,6 +1007,17 @@ def test_cuda_learns_what_the_cpu_learns(name, tiny):
 
 ROOT = Path(passn.__file__).parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_readmes_links_resolve():
+    prose = re.sub(r"```.*?```", "", README, flags=re.S)
+    headings = re.findall(r"^#+ (.*)", prose, re.M)
+    anchors = {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+    links = [link for link in re.findall(r"\]\(([^)]+)\)", prose) if not link.startswith("http")]
+    assert any(link.startswith("#") for link in links) and "assets/multiply.png" in links
+    for link in links:
+        assert link[1:] in anchors if link.startswith("#") else (ROOT / link).is_file(), link
+
 
 # What the README's lines for the Hugging Face Trainer leave to the reader: a model (a tiny Llama with random weights), and
 # texts of 12 tokens of which the last 1 to 4 are the answer. The arguments come from outside, so that the lines run as
