@@ -911,6 +911,15 @@ def test_a_broken_file_among_the_runs_is_named_and_left_out(content, tiny, tmp_p
     assert "multiply-ce-N1-seed9.json" in capsys.readouterr().err
 
 
+def test_in_a_notebook_figures_are_shown(monkeypatch, capsys):
+    shown = []
+    display = types.SimpleNamespace(Image=str, display=shown.append)
+    for name, module in (("ipykernel", None), ("IPython", types.SimpleNamespace()), ("IPython.display", display)):
+        monkeypatch.setitem(sys.modules, name, module)
+    passn.present(Path("figure.png"))
+    assert shown == ["figure.png"] and capsys.readouterr().out == "Figure: figure.png\n"
+
+
 def test_interrupted_it_keeps_and_draws_what_it_has(tiny, tmp_path, monkeypatch, capsys):
     saved, save = [], passn.save
 
