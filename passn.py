@@ -10,15 +10,15 @@ top to bottom, or run it:
 """
 
 import argparse
-import functools
 import json
 import math
 import os
 import sys
-import tempfile
 import time
 from collections import defaultdict
 from pathlib import Path
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # else PyTorch's threads fight with whatever else is running
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
-from toy_tasks import END, FIRST_TACTIC, MAX_DEPTH, PAD, TASKS, UNKNOWN, apply_tactic, show
+from toy_tasks import END, PAD, TASKS, proof_p, show_proof
 
 # ==========================================================================================================
 # 1. pass@N
@@ -50,11 +50,11 @@ def estimate_pass_at_n(num_samples, num_correct, N):
 
     1 - C(n - c, N) / C(n, N): the share of all choices of N among the n samples that hold a right one, here as the
     product 1 - Π_{j<c} (1 - N / (n - j)). (Putting c / n for p into the formula above would be biased.)
-    num_correct: a number or a tensor of any shape, from 0 to n. Raises ValueError where N > n or c > n.
-    Source: Chen et al. 2021, arXiv 2107.03374."""
+    num_correct: a number or a tensor of any shape, from 0 to n. Returns float64 of that shape, on the CPU. Raises
+    ValueError where N > n or c > n. Source: Chen et al. 2021, arXiv 2107.03374."""
     if not 1 <= N <= num_samples:
         raise ValueError(f"pass@{N} cannot be estimated from {num_samples} samples: draw at least N")
-    num_correct = torch.as_tensor(num_correct)
+    num_correct = torch.as_tensor(num_correct).cpu()
     if ((num_correct < 0) | (num_correct > num_samples)).any():
         raise ValueError(f"of {num_samples} samples, 0 to {num_samples} can be right")
     j = torch.arange(num_samples, dtype=torch.float64)
@@ -71,10 +71,10 @@ def estimate_pass_at_n(num_samples, num_correct, N):
 #
 #     d/dθ [-log(1 - (1 - p)^N)] = F(N, p) · d/dθ [-log p],      F(N, p) = N p (1 - p)^(N-1) / (1 - (1 - p)^N)
 #
-# by the chain rule, dp = p · d log p. The factor F is 1 while p is far below 1/N: the example pulls as it does under
-# cross-entropy. Around p = 1/N, where N samples begin to find the answer (the expected number of right ones, N p,
-# passes 1), F falls, and beyond it is 0: an example that is already solved stops pulling, and the model is not made
-# surer than N tries need. With N = 1, F is 1 everywhere, and the loss is cross-entropy itself.
+# by the chain rule, dp = p · d log p. Where p is small, (1 - p)^N is e^(-N p), and F depends on u = N p alone, the
+# number of right answers to expect among N: F ≈ u / (e^u - 1). While p is far below 1/N, F is 1, and the example pulls
+# as it does under cross-entropy; at p = 1/N it is 0.58, at 5/N it is 0.03: an example that N tries solve stops pulling,
+# and the model is not made surer than N tries need. With N = 1, F is 1 everywhere: the loss is cross-entropy itself.
 # ==========================================================================================================
 
 
@@ -82,18 +82,22 @@ def dco_loss(log_p, N):
     """The limited loss (Direct Coverage Optimization): L_N = -log(1 - (1 - p)^N) of each example, in nats.
 
     log_p: (B,) log-probabilities of the right answers, each the sum over the answer's tokens. Returns (B,), in the
-    dtype of log_p; take the mean and call backward. Nothing is detached: the factor F(N, p) of the gradient is
-    autograd's own work. Good to 1e-5 in float32 and 1e-12 in float64 (relative), with a finite gradient, for N from
-    1 to 1,000,000 and log_p from 0 to -2000, where p itself has long underflowed. Raises ValueError for N < 1.
-    Source: arXiv 2502.07154."""
+    dtype of log_p; take the mean and call backward. The loss itself is differentiated, so F comes of autograd (who
+    multiplies cross-entropy by F instead must detach F). Good to 1e-5 in float32 and 1e-12 in float64 (relative), with
+    a finite gradient, for N from 1 to 1,000,000 and log_p from 0 to -2000, where p itself has long underflowed.
+    Raises ValueError for N < 1. Source: arXiv 2502.07154."""
     if N < 1:
         raise ValueError(f"N is the number of tries, 1 or more; got {N}")
     if N == 1:
         return -log_p  # cross-entropy
-    x = log_p if log_p.device.type == "mps" else log_p.double()  # N log(1 - p) loses digits in float32
+    x = in_float64(log_p)  # N log(1 - p) loses digits in float32
     log_fail = N * log1mexp(x.clamp(-50, -1e-30))  # log (1 - p)^N
     few = -x - math.log(N)  # where p < e^-50, 1 - (1 - p)^N is N p to the last digit
-    return torch.where(x < -50, few, -log1mexp(log_fail)).to(log_p.dtype)
+    return torch.where(x < -50, few, -log1mexp(log_fail)).to(log_p)
+
+
+def in_float64(x):
+    return (x.cpu() if x.device.type == "mps" else x).double()  # Apple's GPUs have no float64
 
 
 def log1mexp(x):
@@ -108,13 +112,13 @@ def overconfidence_factor(log_p, N):
     """F(N, p) = N p (1 - p)^(N-1) / (1 - (1 - p)^N) of each example, between 0 and 1: what is left of cross-entropy's
     gradient under the limited loss, F = -d L_N / d log p. log_p: (B,); returns (B,), precise as `dco_loss` is.
 
-    Training needs it only where p is an estimate: there it weights cross-entropy (see `train`)."""
+    Training needs it only where p is an estimate: there it weights cross-entropy (see `Traces`)."""
     if N == 1:
         return torch.ones_like(log_p)
-    x = log_p if log_p.device.type == "mps" else log_p.double()
+    x = in_float64(log_p)
     log_p_fail = log1mexp(x.clamp(-50, -1e-30))
     log_factor = math.log(N) + x + (N - 1) * log_p_fail - log1mexp(N * log_p_fail)
-    return torch.where(x < -50, torch.ones_like(x), log_factor.exp()).to(log_p.dtype)
+    return torch.where(x < -50, torch.ones_like(x), log_factor.exp()).to(log_p)
 
 
 def coverage_loss(log_p, N):
@@ -181,7 +185,7 @@ class GPT(nn.Module):
         self.register_buffer("causal", torch.full((block_size, block_size), -torch.inf).triu(1), persistent=False)
         for name, parameter in self.named_parameters():
             if parameter.dim() == 2:
-                nn.init.normal_(parameter, std=0.02)
+                nn.init.normal_(parameter, std=0.05)  # GPT-2's 0.02, for a width near 128 instead of 768
             elif name.endswith("bias"):
                 nn.init.zeros_(parameter)
 
@@ -223,37 +227,87 @@ def sample(model, prompts, num_new_tokens, temperature=1.0, generator=None, cach
 
 
 # ==========================================================================================================
-# 4. Measuring
+# 4. Kinds of answers
 #
-# Where the answers are short and a problem has one right answer, its success probability needs no sampling: one pass
-# over prompt and answer gives p(y|x) = Π_t p(y_t | x, y_<t), and pass@N for every N follows exactly. Dividing the
-# logits by T before the softmax gives, from the same pass, what sampling at temperature T would reach.
+# Training needs log p of each example, measuring needs p of each test problem, and how to have them depends on what
+# an answer is. All that depends on it stands here, in a class for each kind; the rest of this file knows no kind. Who
+# adds a kind writes such a class; who adds a task writes its function in toy_tasks.py, for `TASKS`, and its `SETTINGS`.
 #
-# With a reasoning trace before the answer, p(y|x) is a sum over all traces, far too many to go through: traces are
-# sampled, the right ones counted, and pass@N is estimated. A proof has many steps and many forms, but few states: p
-# is exact again, by dynamic programming.
+#     Answers   short and right in one form: one pass over prompt and answer gives p, exactly
+#     Traces    with reasoning before the answer: p is a sum over all traces, and must be sampled
+#     Steps     of a proof: trained one by one, measured by p of a whole attempt, a sum over all proofs
 # ==========================================================================================================
 
 TRIES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)  # pass@N is measured for these N, and for the run's own
 COLUMNS = (1, 8, 64, 512)  # and shown for these
 TEMPERATURES = (1.0, 0.7, 1.3, 1.6, 2.0, 2.5)
-TRACES = {1.0: 128, 1.3: 64, 1.6: 64}  # where p is estimated: how many traces are sampled at each temperature
 
 
-def measure(model, task, split, temperatures=TEMPERATURES):
-    """{temperature: (p, confidence, number of samples)} of a task's test problems, or (split "train") of some training
-    problems. p and confidence: (P,) float64 on the CPU, the probability that a sample is right, and that it is the
-    model's own greedy answer; exact, and the number None, or the shares among that number of samples."""
-    if task.searches:
-        return measure_proofs(model, task.searches[split], temperatures)
-    device = model.head.weight.device
-    examples = task.test if split == "test" else [tensor[:100 if task.final else 500] for tensor in task.train]
-    prompts, answers = (tensor.to(device) for tensor in examples)
-    if task.final:
-        generator = torch.Generator(device).manual_seed(0)  # the same luck for every model
-        return {T: (*measure_traces(model, prompts, answers, task.final, TRACES[T], T, generator), TRACES[T])
-                for T in temperatures if T in TRACES}
-    return measure_answers(model, prompts, answers, temperatures)
+class Answers:
+    """p(y|x) = Π_t p(y_t | x, y_<t), and pass@N follows for every N without sampling. Dividing the logits by T before
+    the softmax gives, from the same pass, what sampling at temperature T would reach."""
+    unusable = ()  # losses that cannot be had
+    frontier = COLUMNS  # the N that --frontier trains with
+
+    def __init__(self, task, settings, seed, device):
+        self.task, self.settings = task, settings
+        self.train = [tensor.to(device) for tensor in task.train]
+        self.num_tokens = len(task.train[0]) * (task.length - 1)  # read in an epoch
+        self.generator = torch.Generator(device).manual_seed(seed)
+
+    @staticmethod
+    def goal(N):
+        """The number of tries in the test that training with N aims at."""
+        return N
+
+    def new_epoch(self, model, epoch, loss, N):
+        """What must be done before an epoch."""
+
+    def log_p(self, model, batch):
+        """log p of the training examples in a batch (B,) of their numbers: (B,), to be differentiated."""
+        x, y, *allowed = (tensor[batch] for tensor in self.train)
+        return answer_log_p(answer_logits(model, x, y, *allowed), y)
+
+    def objective(self, model, batch, loss, N):
+        """The number that training minimizes."""
+        return LOSSES[loss](self.log_p(model, batch), N)
+
+    @torch.no_grad()
+    def measure(self, model, split, temperatures):
+        """{temperature: (p, confidence, number of samples)} of the test problems, or (split "train") of some training
+        problems. p and confidence: (P,) float64 on the CPU, the probability that a sample is right, and that it is the
+        model's own greedy answer; exact, and the number None, or the shares among that number of samples."""
+        x, y = self.task.test if split == "test" else [tensor[:500] for tensor in self.task.train]
+        log_p, log_confidence = [], []
+        device = model.head.weight.device
+        room = model.new_cache(250, self.task.length)
+        for x, y in zip(x.to(device).split(250), y.to(device).split(250)):
+            cache = room[:, :, :len(x)]
+            greedy = sample(model, x, y.shape[1], temperature=0, cache=cache)  # from here on the cache knows the prompts
+            is_end = greedy == END
+            greedy[is_end.cumsum(dim=1) - is_end.long() > 0] = PAD  # behind the end, whatever was sampled is no answer
+            for result, answer in ((log_p, y), (log_confidence, greedy)):
+                logits = model(torch.cat([x[:, -1:], answer[:, :-1]], dim=1), cache=cache, start=x.shape[1] - 1)
+                result.append(torch.stack([answer_log_p(logits, answer, T) for T in temperatures]))
+        p, confidence = (torch.cat(result, dim=1).cpu().double().exp() for result in (log_p, log_confidence))
+        return {T: (p[i], confidence[i], None) for i, T in enumerate(temperatures)}
+
+    def problems(self):
+        """{name: values} of the test problems, for the run's file."""
+        return {}
+
+    def rivals(self, N):
+        """{name: pass@N} of rivals that learn nothing of the single problem: here, guessers who never read the question,
+        but know how often each answer is right among the training problems, p, and sample from policy(p, N)."""
+        if self.task.guesses is None:
+            return {}
+        policies = {"blind, training frequencies": lambda p, N: p,
+                    "blind, where the limited loss tends": limited_policy, "blind, optimal": optimal_policy}
+        return {name: blind_pass_at_n(self.task, policy, N) for name, policy in policies.items()}
+
+    def example(self, model):
+        """Something that the model did, as text, to print at the end."""
+        return ""
 
 
 def answer_logits(model, prompts, answers, allowed=None):
@@ -269,84 +323,186 @@ def answer_log_p(logits, answers, temperature=1.0):
                             reduction="none").sum(dim=1)
 
 
-@torch.no_grad()
-def measure_answers(model, prompts, answers, temperatures):
-    """`measure` where the whole answer counts: exact, and one pass serves all temperatures."""
-    log_p, log_confidence = [], []
-    room = model.new_cache(250, prompts.shape[1] + answers.shape[1])
-    for x, y in zip(prompts.split(250), answers.split(250)):
-        cache = room[:, :, :len(x)]
-        greedy = sample(model, x, y.shape[1], temperature=0, cache=cache)  # from here on the cache knows the prompts
-        is_end = greedy == END
-        greedy[is_end.cumsum(dim=1) - is_end.long() > 0] = PAD  # behind the end, whatever was sampled is no answer
-        for result, answer in ((log_p, y), (log_confidence, greedy)):
-            logits = model(torch.cat([x[:, -1:], answer[:, :-1]], dim=1), cache=cache, start=x.shape[1] - 1)
-            result.append(torch.stack([answer_log_p(logits, answer, T) for T in temperatures]))
-    p, confidence = (torch.cat(result, dim=1).cpu().double().exp() for result in (log_p, log_confidence))
-    return {T: (p[i], confidence[i], None) for i, T in enumerate(temperatures)}
+def blind_pass_at_n(task, policy, N):
+    """The test set's pass@N of a guesser who samples from policy(p, N), p the answers' frequencies in training."""
+    q = torch.as_tensor(policy(task.guesses.numpy(), N))
+    return pass_at_n(torch.where(task.test_guess >= 0, q[task.test_guess], 0.0), N).mean().item()
 
 
-@torch.no_grad()
-def measure_traces(model, prompts, answers, final, num_samples, temperature=1.0, generator=None):
-    """p and confidence where only the last `final` tokens of a trace count: of num_samples sampled traces, the share
-    that ends in the right answer, and the share that ends as the greedy trace does."""
-    counts = []
-    for x, y in zip(prompts.split(32), answers.split(32)):
-        traces = sample(model, x.repeat_interleave(num_samples, dim=0), y.shape[1], temperature, generator)
-        ends = traces[:, -final:].view(len(x), num_samples, final)
+class Traces(Answers):
+    """Of a trace only the last `final` tokens count. Of each problem traces are sampled and the right ones counted, c of
+    n: p̂ = c / n, and pass@N is estimated.
+
+    In training, autograd has only the log p of the one trace that is trained on. The limited loss is then the paper's
+    approximate one: F(N, p̂) times that trace's cross-entropy, with `traces` traces sampled for each training problem,
+    anew every `interval` epochs. With p̂ = 0, F is 1."""
+    unusable = ("coverage",)  # with p̂ = 0 everywhere, as at first, its weights are 0 / 0
+    samples = {1.0: 128, 1.3: 64, 1.6: 64}  # traces of each test problem, at each temperature
+    weights = None
+
+    def new_epoch(self, model, epoch, loss, N):
+        if loss != "ce" and epoch % self.settings["interval"] == 0:
+            p = right_traces(model, *self.train, self.task.final, self.settings["traces"], 1.0, self.generator)[1]
+            self.weights = overconfidence_factor(p.double().mean(dim=1).log(), N).to(p.device, torch.float32)
+
+    def objective(self, model, batch, loss, N):
+        if self.weights is None:
+            return super().objective(model, batch, loss, N)
+        return -(self.weights[batch] * self.log_p(model, batch)).mean()
+
+    def measure(self, model, split, temperatures):
+        device, final = model.head.weight.device, self.task.final
+        examples = self.task.test if split == "test" else [tensor[:100] for tensor in self.task.train]
+        x, y = (tensor.to(device) for tensor in examples)
         greedy = sample(model, x, y.shape[1], temperature=0)
-        counts.append([(ends == end[:, None, -final:]).all(dim=2).sum(dim=1) for end in (y, greedy)])
-    return [torch.cat(count).cpu().double() / num_samples for count in zip(*counts)]
+        generator, result = torch.Generator(device).manual_seed(0), {}  # the same luck for every model
+        for T in filter(self.samples.get, temperatures):
+            traces, right = right_traces(model, x, y, final, self.samples[T], T, generator)
+            sure = (traces[..., -final:] == greedy[:, None, -final:]).all(dim=2)
+            result[T] = *(share.cpu().double().mean(dim=1) for share in (right, sure)), self.samples[T]
+        return result
+
+    def example(self, model):
+        """A right trace for the first test problem that has one among 64 sampled ones."""
+        device = model.head.weight.device
+        generator = torch.Generator(device).manual_seed(0)
+        for x, y in zip(*self.task.test):
+            traces, right = right_traces(model, x[None].to(device), y[None].to(device), self.task.final, 64, 1.0, generator)
+            if right.any():
+                text = "".join(self.task.vocab[token] for token in [*x, *traces[right][0]])
+                return f"A test problem and a right trace, one of {right.sum()} among 64: {text}"
+        return ""
 
 
-@torch.no_grad()
-def measure_proofs(model, search, temperatures):
-    """`measure` for attempts at theorems: exact. The greedy attempt takes the likeliest tactic in every state, and the
-    confidence is the probability of all its choices, whether it proves the theorem or not."""
-    logits = tactic_logits(model, search)
-    result = {}
-    for T in temperatures:
-        policy = F.softmax(logits / T, dim=-1)
-        greedy = policy * F.one_hot(policy.argmax(dim=-1), policy.shape[1])
-        result[T] = proof_p(policy, search), proof_p(greedy, search, failure=1.0), None
-    return result
+def right_traces(model, prompts, answers, final, num_samples, temperature, generator):
+    """num_samples traces of each problem (P, num_samples, A), and which of them end in the right `final` tokens."""
+    traces = sample(model, prompts.repeat_interleave(num_samples, dim=0), answers.shape[1], temperature, generator)
+    traces = traces.view(len(prompts), num_samples, -1)
+    return traces, (traces[..., -final:] == answers[:, None, -final:]).all(dim=2)
 
 
-@torch.no_grad()
-def tactic_logits(model, search):
-    """The tactics' logits in all states of a `Search`: (S, vocab_size), float64, -inf where a tactic does not apply."""
-    prompts = search.prompts.to(model.head.weight.device)
+class Steps(Answers):
+    """The steps of proofs: a state and the tactic that the known proof uses there. Each is found by its own tries, so
+    the loss is applied to each, and N is for a step: far below the number of attempts, which is what the test counts.
+    The greedy attempt takes the likeliest tactic in every state, and the confidence is the probability of all its
+    choices, whether it proves the theorem or not."""
+    frontier = (1, 2, 4, 8)
+
+    @staticmethod
+    def goal(N):
+        return 64
+
+    @torch.no_grad()
+    def measure(self, model, split, temperatures):
+        table = self.task.test if split == "test" else self.task.train_table
+        logits, result = tactic_logits(model, table), {}
+        for T in temperatures:
+            policy = F.softmax(logits / T, dim=-1)
+            greedy = policy * F.one_hot(policy.argmax(dim=-1), policy.shape[1])
+            result[T] = proof_p(policy, table), proof_p(greedy, table, failure=1.0), None
+        return result
+
+    def problems(self):
+        return {name: getattr(self.task.test, name).tolist() for name in ("length", "branching", "blind")}
+
+    def rivals(self, N):
+        return {"blind search": pass_at_n(self.task.test.blind, N).mean().item()}
+
+    @torch.no_grad()
+    def example(self, model):
+        return show_proof(F.softmax(tactic_logits(model, self.task.test), dim=-1), self.task.test)
+
+
+def tactic_logits(model, table):
+    """The tactics' logits in all states of a `ProofTable`: (S, vocab_size), float64, -inf where one does not apply."""
+    prompts = table.prompts.to(model.head.weight.device)
     logits = torch.cat([model(x, last=1)[:, 0] for x in prompts.split(250)])
-    return logits.cpu().double().masked_fill(~search.applicable, -torch.inf)
+    return logits.cpu().double().masked_fill(~table.applicable, -torch.inf)
 
 
-def proof_p(policy, search, failure=0.0):
-    """The probability that an attempt proves each theorem: (P,) float64. policy: (S, vocab_size), the probability of
-    each tactic in each state of the `Search`.
+KINDS = {"answers": Answers, "traces": Traces, "steps": Steps}
 
-    A state is proved if a tactic is chosen all of whose remaining states are proved, each by choices of its own. With d
-    tactics left on a branch that is p_d(s) = Σ_t policy(t|s) Π_s' p_(d-1)(s'), and p_0 = `failure` = 0."""
-    p = torch.full((len(policy) + 2,), failure, dtype=torch.float64)
-    p[-2] = 1  # the row of what is proved; the last row is a dead end's
-    for _ in range(MAX_DEPTH):
-        p[:-2] = (policy * p[search.left].prod(dim=-1)).sum(dim=-1)
-    return p[search.theorems]
+# ==========================================================================================================
+# 5. Training
+#
+# One loop for every loss and task. A run is a plain dictionary, saved after every evaluation.
+# ==========================================================================================================
+
+# The same for every loss. N is the limited loss's: for the whole answer, in `prove` for each step.
+SETTINGS = {
+    "multiply": dict(N=64, epochs=75, evaluations=15, batch_size=100, learning_rate=1.5e-3, weight_decay=0.0,
+                     n_layer=2, n_head=4, n_embd=128),
+    "cot": dict(N=64, epochs=120, evaluations=12, batch_size=50, learning_rate=3e-3, weight_decay=0.0,
+                n_layer=2, n_head=4, n_embd=64, traces=32, interval=2),
+    "prove": dict(N=4, epochs=60, evaluations=12, batch_size=50, learning_rate=3e-3, weight_decay=0.0,
+                  n_layer=2, n_head=4, n_embd=64),
+    "math": dict(N=64, epochs=22, evaluations=25, batch_size=50, learning_rate=2e-3, weight_decay=0.0,
+                 n_layer=2, n_head=4, n_embd=128),
+}
 
 
-def attempt_proof(policy, search, row, generator=None, depth=MAX_DEPTH):
-    """One sampled attempt at the state of a row: the steps [(row, tactic's token, depth left), …] if it proves it, else
-    None."""
-    if depth == 0 or row > len(policy):
-        return None
-    token = torch.multinomial(policy[row], 1, generator=generator).item()
-    steps = [(row, token, depth)]
-    for part in search.left[row, token].tolist():
-        if part != len(policy):  # not yet proved
-            proof = attempt_proof(policy, search, part, generator, depth - 1)
-            if proof is None:
-                return None
-            steps += proof
-    return steps
+def train(task, loss="limited", N=None, seed=0, device="cpu", out=None, **changes):
+    """Train a new GPT on a task and measure it as it learns. Returns the run (see the README) and the model.
+
+    With loss "ce" the training N is 1, and the N that is given only another pass@N that is measured. Where a folder
+    `out` is given the run is saved there after every evaluation. `changes` are to the task's `SETTINGS`, epochs=10 say."""
+    settings = SETTINGS[task.name] | changes
+    goal, epochs, batch_size = N or settings["N"], settings["epochs"], settings["batch_size"]
+    N, tries = 1 if loss == "ce" else goal, sorted({*TRIES, goal})
+    torch.manual_seed(seed)  # the same first weights and the same order of examples for every loss
+    model = GPT(len(task.vocab), task.length, settings["n_layer"], settings["n_head"], settings["n_embd"]).to(device)
+    order, kind = torch.Generator().manual_seed(seed), KINDS[task.kind](task, settings, seed, device)
+    num_examples = len(task.train[0])
+    num_steps = epochs * math.ceil(num_examples / batch_size)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=settings["learning_rate"], betas=(0.9, 0.99),
+                                  weight_decay=settings["weight_decay"], fused=True)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: schedule(step / max(num_steps, 1)))
+
+    rivals = {n: kind.rivals(n) for n in tries}
+    config = {key: value for key, value in settings.items() if key != "N"} | {"device": device}
+    run = {"task": task.name, "loss": loss, "N": N, "seed": seed, "config": config, "tokens_per_second": 0, "history": [],
+           "problems": {}, "rivals": {name: {f"pass@{n}": rivals[n][name] for n in tries} for name in rivals[1]}}
+    start, training = time.perf_counter(), 0.0
+    with tqdm(total=num_steps, desc=f"{task.name} {label_of(run)}, seed {seed}") as bar:
+        for epoch in range(epochs + 1):
+            if epoch == epochs or epoch % math.ceil(epochs / settings["evaluations"]) == 0:
+                with torch.no_grad():
+                    value = kind.objective(model, torch.arange(min(500, num_examples), device=device), loss, N).item()
+                measured, run["problems"] = evaluate(model, kind, tries)
+                seconds = round(time.perf_counter() - start, 2)
+                run["history"].append({"epoch": epoch, "loss": value, "seconds": seconds} | measured)
+                if epoch:
+                    run["tokens_per_second"] = round(epoch * kind.num_tokens / training)
+                if epoch == epochs:
+                    run["example"] = kind.example(model)
+                if out:
+                    save(run, Path(out) / path_of(run))
+                shown = ("pass@1", f"pass@{kind.goal(goal)}", "confidence")
+                bar.set_postfix_str(f"epoch {epoch}, loss {value:.2f}, " + ", ".join(
+                    f"{key} {measured['test'][key]:.3f}" for key in shown if key in measured["test"]))
+            if epoch == epochs:
+                break
+            kind.new_epoch(model, epoch, loss, N)
+            began = time.perf_counter()
+            for batch in torch.randperm(num_examples, generator=order).to(device).split(batch_size):
+                value = kind.objective(model, batch, loss, N)
+                optimizer.zero_grad()
+                value.backward()
+                optimizer.step()
+                scheduler.step()
+                bar.update()
+            value.item()  # wait for the GPU
+            training += time.perf_counter() - began
+    return run, model
+
+
+def evaluate(model, kind, tries):
+    """What a run records at an epoch: the summaries by split and temperature, and the test problems one by one."""
+    by_temperature = kind.measure(model, "test", TEMPERATURES)
+    tempered = {f"{T:g}": summary(*measured, tries) for T, measured in by_temperature.items()}
+    p, confidence, _ = by_temperature[1.0]
+    return ({"test": tempered["1"], "train": summary(*kind.measure(model, "train", [1.0])[1.0], tries),
+             "tempered": tempered}, {"p": p.tolist(), "confidence": confidence.tolist()} | kind.problems())
 
 
 def summary(p, confidence, num_samples, tries):
@@ -359,137 +515,54 @@ def summary(p, confidence, num_samples, tries):
     return {f"pass@{n}": value.mean().item() for n, value in result.items()} | {"confidence": confidence.mean().item()}
 
 
-# ==========================================================================================================
-# 5. Training
-#
-# One loop for every loss and task. A run is a plain dictionary, saved after every evaluation.
-# ==========================================================================================================
-
-# The same for every loss. N is the limited loss's: in `prove`, for each tactic. Hiding a share of a question's words,
-# other ones each time, makes questions harder to learn by heart, and matters on MATH. traces, interval: see `train`.
-SETTINGS = {
-    "multiply": dict(N=64, epochs=75, evaluations=15, batch_size=100, learning_rate=1.5e-3, hidden_words=0.0,
-                     n_layer=2, n_head=4, n_embd=128),
-    "cot": dict(N=64, epochs=120, evaluations=12, batch_size=50, learning_rate=3e-3, hidden_words=0.0,
-                n_layer=2, n_head=4, n_embd=64, traces=32, interval=2),
-    "prove": dict(N=4, epochs=60, evaluations=12, batch_size=50, learning_rate=3e-3, hidden_words=0.0,
-                  n_layer=2, n_head=4, n_embd=64),
-    "math": dict(N=64, epochs=22, evaluations=25, batch_size=50, learning_rate=2e-3, hidden_words=0.2,
-                 n_layer=2, n_head=4, n_embd=128),
-}
-
-
-def train(task, loss="limited", N=None, seed=0, device="cpu", path=None, **changes):
-    """Train a new GPT on a task and measure it as it learns. Returns the run (see the README) and the model.
-
-    With loss "ce" the training N is 1, whatever N, and N only says which pass@N the progress bar shows. Where a path
-    is given the run is saved there after every evaluation. `changes` are to the task's `SETTINGS`, epochs=10 say.
-
-    Where p(y|x) sums over traces, autograd has only the log p of the one trace that is trained on. The limited loss is
-    then the paper's approximate one: F(N, p̂) times that trace's cross-entropy, where p̂ is the share of right ones
-    among `traces` traces sampled for each training problem, anew every `interval` epochs. With p̂ = 0, F is 1."""
-    settings = SETTINGS[task.name] | changes
-    N, epochs, batch_size = N or settings["N"], settings["epochs"], settings["batch_size"]
-    examples = [tensor.to(device) for tensor in task.train]  # prompts, answers, and for proofs what else was allowed
-    num_examples, prompt_length = examples[0].shape
-    torch.manual_seed(seed)  # the same first weights and the same order of examples for every loss
-    model = GPT(len(task.vocab), prompt_length + examples[1].shape[1],
-                **{key: settings[key] for key in ("n_layer", "n_head", "n_embd")}).to(device)
-    # Adam divides a gradient by its own recent size, and so would undo what F does where *every* example is nearly
-    # solved; an eps far above the usual 1e-8 lets a small gradient make a smaller step.
-    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.99), eps=1e-3, weight_decay=0.0, fused=True)
-    order, sampler = torch.Generator().manual_seed(seed), torch.Generator(device).manual_seed(seed)
-    num_steps, step = epochs * math.ceil(num_examples / batch_size), 0
-    weights = None
-
-    def objective(log_p, batch):
-        return LOSSES[loss](log_p, N) if weights is None else -(weights[batch] * log_p).mean()
-
-    run = {"task": task.name, "loss": loss, "N": 1 if loss == "ce" else N, "seed": seed,
-           "config": settings | {"device": device}, "tokens_per_second": 0, "history": [], "problems": {}}
-    num_tokens = num_examples * (prompt_length + examples[1].shape[1] - 1)  # read in an epoch
-    start, step_seconds = time.perf_counter(), 0.0
-    with tqdm(total=num_steps, desc=f"{task.name} {name_of(loss, run['N'])}, seed {seed}") as bar:
-        for epoch in range(epochs + 1):
-            if epoch == epochs or epoch % math.ceil(epochs / settings["evaluations"]) == 0:
-                measured, run["problems"] = evaluate(model, task, sorted({*TRIES, N}))
-                with torch.no_grad():
-                    x, y, *allowed = (tensor[:500] for tensor in examples)
-                    value = objective(answer_log_p(answer_logits(model, x, y, *allowed), y), slice(500)).item()
-                if epoch:
-                    run["tokens_per_second"] = round(epoch * num_tokens / step_seconds)
-                seconds = round(time.perf_counter() - start, 2)
-                run["history"].append({"epoch": epoch, "loss": value, "seconds": seconds} | measured)
-                if path:
-                    save(run, path)
-                shown = ("pass@1", f"pass@{aim(task.name, N)}", "confidence")
-                bar.set_postfix_str(f"epoch {epoch}, loss {value:.2f}, " + ", ".join(
-                    f"{key} {mean:.3f}" for key, mean in measured["test"].items() if key in shown))
-            if epoch == epochs:
-                break
-            if task.final and loss == "limited" and epoch % settings["interval"] == 0:
-                p, _ = measure_traces(model, *examples, task.final, settings["traces"], generator=sampler)
-                weights = overconfidence_factor(p.log(), N).float().to(device)
-            began = time.perf_counter()
-            for batch in torch.randperm(num_examples, generator=order).to(device).split(batch_size):
-                for group in optimizer.param_groups:
-                    group["lr"] = settings["learning_rate"] * schedule(step / num_steps)
-                x, y, *allowed = (tensor[batch] for tensor in examples)
-                if settings["hidden_words"]:
-                    hidden = torch.rand(x.shape, device=device) < settings["hidden_words"]
-                    x = x.masked_fill(hidden & (x != PAD), UNKNOWN)
-                log_p = answer_log_p(answer_logits(model, x, y, *allowed), y)
-                optimizer.zero_grad()
-                objective(log_p, batch).backward()
-                optimizer.step()
-                step += 1
-                bar.update()
-            log_p.sum().item()  # wait for the GPU
-            step_seconds += time.perf_counter() - began
-    return run, model
-
-
-def evaluate(model, task, tries):
-    """What a run records at an epoch: the summaries by split and temperature, and the test problems one by one."""
-    by_temperature = measure(model, task, "test")
-    tempered = {f"{T:g}": summary(*measured, tries) for T, measured in by_temperature.items()}
-    p, confidence, _ = by_temperature[1.0]
-    problems = {"p": p.tolist(), "confidence": confidence.tolist()}
-    if task.searches:
-        problems |= {key: getattr(task.searches["test"], key).tolist() for key in ("length", "branching", "blind")}
-    return {"test": tempered.pop("1"), "train": summary(*measure(model, task, "train", [1.0])[1.0], tries),
-            "tempered": tempered}, problems
-
-
-def aim(task_name, N):
-    """The N of the pass@N that training with N aims at. In `prove`, where N is for each tactic, it is 64 attempts."""
-    return 64 if task_name == "prove" else N
-
-
 def schedule(done):
     """The learning rate's factor when a share `done` of training is done: up over 5 %, then a cosine down to 0.1."""
     return min(1, 0.01 + done / 0.05) * (0.55 + 0.45 * math.cos(math.pi * done))
 
 
 def save(run, path):
-    """Write a run as JSON, whole or not at all: to a file beside it, which then takes its name."""
-    path = Path(path)
+    """Write a run as JSON, whole or not at all: to a file beside it, *.partial, which then takes its name. There it
+    stays, if the run is unfinished and would take the place of a finished one."""
     partial = path.with_suffix(".partial")
     partial.write_text(json.dumps(run))
-    os.replace(partial, path)
+    if is_finished(run) or not (path.exists() and is_finished(json.loads(path.read_text()))):
+        partial.replace(path)
 
+
+def is_finished(run):
+    return run["history"][-1]["epoch"] == run["config"]["epochs"]
+
+
+def changes_of(run):
+    """{name: value} of the settings in which a run differs from its task's."""
+    return {key: run["config"][key] for key, value in SETTINGS[run["task"]].items()
+            if key != "N" and run["config"][key] != value}
+
+
+def label_of(run):
+    name = "cross-entropy" if run["loss"] == "ce" else f"{run['loss']} N={run['N']}"
+    return ", ".join([name, *(f"{key.replace('_', ' ')} {value:g}" for key, value in changes_of(run).items())])
+
+
+def path_of(run):
+    """Where a run is saved, in --out: runs of different settings have different names."""
+    changes = "".join(f"-{key}{value:g}" for key, value in changes_of(run).items())
+    return f"{run['task']}-{run['loss']}-N{run['N']}{changes}-seed{run['seed']}.json"
 
 # ==========================================================================================================
 # 6. Theory
 #
-# Why does each loss do what it does? Take the network away. Where the answer stays uncertain (answer y is right with
-# probability p_y, and nothing in the question tells more), a policy q over the answers reaches
-# pass@N = Σ_y p_y (1 - (1 - q_y)^N). Which q is best, and where does each loss lead?
+# Why does each loss do what it does? Two things separate them. Where one label is all there is to learn, cross-entropy
+# learns it by heart, to p = 1, and the limited loss stops at about 1/N. And where the answer stays uncertain, their optima
+# differ. For that, take the network away: let answer y be right with probability p_y (not section 1's p, a model's), and
+# nothing in the question tell more. A policy q over the answers then reaches pass@N = Σ_y p_y (1 - (1 - q_y)^N). Which q
+# is best, and where does each loss lead?
 # ==========================================================================================================
 
 
 def optimal_policy(p, N):
-    """The policy q that maximizes pass@N = Σ_i p_i (1 - (1 - q_i)^N) over Σ_i q_i = 1; the coverage loss tends to it.
+    """The policy q that maximizes pass@N = Σ_i p_i (1 - (1 - q_i)^N) over Σ_i q_i = 1. The coverage loss tends to it:
+    over many problems alike, the batch's mean pass@N is this sum, and the logarithm moves no maximum.
 
     The derivative of the Lagrangian, N p_i (1 - q_i)^(N-1) - N λ, is zero, or the answer is given up, so
         q_i = max(0, 1 - (λ / p_i)^(1/(N-1))),
@@ -552,34 +625,15 @@ def confident_pass_at_n(c, N, a, K):
     return a * pass_at_n(c, N) + (1 - a) * pass_at_n((1 - torch.as_tensor(c)) / (K - 1), N)
 
 
-def best_confidence(N, a, K):
-    """The c that maximizes `confident_pass_at_n`: the optimal policy's first entry where one answer is right with
-    probability a and the others share 1 - a (equal answers get equal q, so the picture's family holds the optimum)."""
-    return optimal_policy([a] + [(1 - a) / (K - 1)] * (K - 1), N)[0]
-
-
-def descend(weights, loss, N, num_steps, learning_rate):
-    """Gradient descent on bare logits z (P, K), q = softmax(z), a row for each problem, from z = 0. Yields q (P, K)
-    at every step. weights (P, K): how often the loss sees each answer, rows of sum 1. With the probabilities p it
-    minimizes the loss over the whole population, Σ_y p_y L_N(q_y); with a 1 a row, over one sampled label each."""
-    logits = torch.zeros_like(weights, requires_grad=True)
+def descend(logits, labels, loss, N, num_steps, learning_rate):
+    """Gradient descent on bare logits, softmax(logits) = q, a row for each problem or one row for all, as when they are
+    alike: (P, K) or (1, K). labels (P,): the answer that each problem's only example shows. Yields q at every step."""
     for _ in range(num_steps):
-        log_q = F.log_softmax(logits, dim=-1)
-        yield log_q.detach().exp()
-        losses = dco_loss(log_q, 1 if loss == "ce" else N)
-        if loss == "coverage":  # -log of the mean of p · pass@N; its gradient is the mean's over all problems
-            value = -torch.logsumexp(torch.log(weights) - losses, dim=(0, 1)) * len(weights)
-        else:
-            value = (weights * losses).sum()
-        gradient, = torch.autograd.grad(value, logits)
-        logits = (logits - learning_rate * gradient).detach().requires_grad_()
-
-
-def blind_pass_at_n(task, policy, N):
-    """The test set's pass@N of a guesser who never reads the question: it knows how often each answer is right among
-    the training problems, p, and samples from policy(p, N)."""
-    q = torch.as_tensor(policy(task.guesses.numpy(), N))
-    return pass_at_n(torch.where(task.test_guess >= 0, q[task.test_guess], 0.0), N).mean().item()
+        yield F.softmax(logits, dim=-1)
+        logits = logits.detach().requires_grad_()
+        log_p = F.log_softmax(logits, dim=-1).expand(len(labels), -1).gather(1, labels[:, None])[:, 0]
+        gradient, = torch.autograd.grad(LOSSES[loss](log_p, N), logits)
+        logits = logits.detach() - learning_rate * gradient * len(logits)
 
 
 # ==========================================================================================================
@@ -589,43 +643,42 @@ def blind_pass_at_n(task, policy, N):
 # ==========================================================================================================
 
 # Okabe and Ito's colours, which the colour-blind can tell apart.
-COLORS = {"ce": "#D55E00", "limited": "#0072B2", "coverage": "#009E73"}
+COLORS = {"cross-entropy": "#D55E00", "limited N=64": "#0072B2", "coverage N=64": "#009E73"}
 MORE_COLORS = ["#CC79A7", "#E69F00", "#56B4E9", "#000000"]
 
 
-def name_of(loss, N):
-    return "cross-entropy" if loss == "ce" else f"{loss} N={N}"
-
-
 def load_runs(out, task_name):
-    """The task's saved runs in a folder, those that differ only in the seed together: {(loss, N, epochs): [run, …]},
-    cross-entropy first."""
+    """The task's finished runs in a folder, those of equal settings together: {label: [run, …]}, cross-entropy first."""
     groups = defaultdict(list)
     for path in sorted(Path(out).glob(f"{task_name}-*-seed*.json")):
         try:
             run = json.loads(path.read_text())
-            key = run["loss"], run["N"], run["config"]["epochs"]
-            run["history"][-1]["tempered"], run["problems"]["confidence"]
+            key = run["loss"], run["N"], label_of(run)
+            if is_finished(run):
+                run["history"][-1]["tempered"]["1"], run["problems"]["confidence"], run["rivals"]
+                groups[key].append(run)
+            else:
+                print(f"left out {path}: it stopped at epoch {run['history'][-1]['epoch']}, or still runs", file=sys.stderr)
         except (OSError, ValueError, LookupError, TypeError) as error:
-            print(f"left out {path}, which is not a run's file ({error!r}); remove it", file=sys.stderr)
-        else:
-            groups[key].append(run)
-    return {key: groups[key] for key in sorted(groups)}
+            print(f"left out {path}, which is no run's file of this version ({error!r}); remove it", file=sys.stderr)
+    return {key[-1]: groups[key] for key in sorted(groups)}
 
 
-def measured_tries(groups, everywhere=False):
-    """The N, in order, whose pass@N all runs have measured, or have measured at every temperature."""
-    records = [record for runs in groups.values() for run in runs for record in run["history"]]
-    tests = [record["test"] for record in records]
-    if everywhere:
-        tests += [test for record in records for test in record["tempered"].values()]
+def measured_tries(groups):
+    """The N, in order, whose pass@N all runs have measured, at every temperature."""
+    tests = (test for runs in groups.values() for run in runs for test in run["history"][-1]["tempered"].values())
     return sorted(set.intersection(*({int(key[5:]) for key in test if key.startswith("pass@")} for test in tests)))
 
 
-def labels_of(groups):
-    """{group: its name}, with the number of epochs where two groups differ only in that."""
-    names = [name_of(loss, N) for loss, N, _ in groups]
-    return {key: name if names.count(name) == 1 else f"{name}, {key[2]} epochs" for key, name in zip(groups, names)}
+def best_epoch(run, N):
+    """The test set's measurements in the epoch with the best pass@N: chosen on the test set itself, which flatters."""
+    return max((record["test"] for record in run["history"]), key=lambda test: test[f"pass@{N}"])
+
+
+def pass_at_stages(run, N):
+    """pass@N at the end, in the best epoch, and in the best epoch at the best temperature, chosen in the same way."""
+    return [run["history"][-1]["test"][f"pass@{N}"], best_epoch(run, N)[f"pass@{N}"],
+            max(test[f"pass@{N}"] for record in run["history"] for test in record["tempered"].values())]
 
 
 def mean_and_error(values):
@@ -635,170 +688,90 @@ def mean_and_error(values):
     return values.mean(axis=0), error
 
 
-def curve(runs, value):
-    """The epochs that all runs have, and the mean and standard error over the runs of value(evaluation) there."""
-    epochs = sorted(set.intersection(*({record["epoch"] for record in run["history"]} for run in runs)))
-    values = [[value(record) for record in run["history"] if record["epoch"] in epochs] for run in runs]
-    return epochs, *mean_and_error(values)
+def rivals_of(groups):
+    """{name: [its pass@N by N, for each seed]}, from the group with the most seeds."""
+    runs = max(groups.values(), key=len)
+    return {name: [run["rivals"][name] for run in runs] for name in runs[0]["rivals"]}
 
 
-def at(run, N, stage):
-    """The test set's measurements at a stage of a run. The best epoch and temperature for pass@N are chosen on the
-    test set itself, which flatters whoever is measured so: here, cross-entropy."""
-    if stage == "at the end":
-        return run["history"][-1]["test"]
-    candidates = [record["test"] for record in run["history"]]
-    if stage == "best epoch and temperature":
-        candidates += [tempered for record in run["history"] for tempered in record["tempered"].values()]
-    return max(candidates, key=lambda test: test[f"pass@{N}"])
-
-
-STAGES = {"ce": ["at the end", "best epoch", "best epoch and temperature"], "coverage": ["at the end", "best epoch"]}
-
-
-def print_table(groups, task, N):
-    """One row for each loss and stage, then the blind guessers': mean over the seeds ± standard error."""
-    tries = [n for n in measured_tries(groups) if n in (*COLUMNS, N)]
-    columns = [*(f"pass@{n}" for n in tries), "confidence"]
-    rows = {f"{label}, {stage}": [[at(run, N, stage)[column] for column in columns] for run in groups[key]]
-            for key, label in labels_of(groups).items() for stage in STAGES.get(key[0], ["at the end"])}
-    for label, blind in blind_rivals(task, groups).items():
-        rows[label] = [[blind(n) for n in tries]]
-    print_rows(columns, rows)
-
-
-def print_rows(columns, rows):
-    """rows: {label: one list of values for each seed}."""
+def print_table(groups, N):
+    """A row for each loss and setting: the test set's values at the end, and the best pass@N before; then the rivals.
+    Mean over the seeds ± standard error."""
+    columns = [f"pass@{n}" for n in measured_tries(groups) if n in (*COLUMNS, N)] + ["confidence"]
+    rows = {label: [[run["history"][-1]["test"][column] for column in columns] + pass_at_stages(run, N)[1:]
+                    for run in runs] for label, runs in groups.items()}
+    rows |= {name: [[rival[column] for column in columns[:-1]] for rival in seeds]
+             for name, seeds in rivals_of(groups).items()}
     width = max(map(len, rows))
-    print(" " * width + "".join(f"{column:>15}" for column in columns))
+    print(" " * width + "".join(f"{column:>15}" for column in [*columns, "best epoch", "and best T"]))
     for label, values in rows.items():
-        cells = ["–" if math.isnan(mean) else f"{mean:.3f} ± {error:.3f}" if len(values) > 1 else f"{mean:.3f}"
+        cells = [f"{mean:.3f} ± {error:.3f}" if len(values) > 1 else f"{mean:.3f}"
                  for mean, error in zip(*mean_and_error(values))]
         print(f"{label:{width}}" + "".join(f"{cell:>15}" for cell in cells))
 
 
-def blind_rivals(task, groups):
-    """{name: N -> pass@N} of rivals that learn nothing of the single problem: guessers, and search by chance."""
-    if task.searches:
-        blind = torch.tensor([run["problems"]["blind"] for runs in groups.values() for run in runs])
-        return {"blind search": lambda N: pass_at_n(blind, N).mean().item()}
-    policies = {} if task.guesses is None else {
-        "blind, training frequencies": lambda p, N: p,
-        "blind, where the limited loss tends for each N": limited_policy,
-        "blind, optimal for each N": optimal_policy}
-    return {name: functools.partial(blind_pass_at_n, task, policy) for name, policy in policies.items()}
-
-
 def in_words(groups, N):
-    """What happened, as a sentence or two, from the numbers."""
-    labels, sentences, rival = labels_of(groups), [], None
-    for key, runs in groups.items():
-        end, best, tempered = (np.mean([at(run, N, stage)[f"pass@{N}"] for run in runs])
-                               for stage in ("at the end", "best epoch", "best epoch and temperature"))
-        if key[0] == "ce":
-            rival = rival or (end, best, tempered)
-            first, last = (np.mean([at(run, N, stage)["pass@1"] for run in runs])
-                           for stage in ("best epoch", "at the end"))
-            moved = f"{'rose' if last > first else 'fell'} from {first:.3f} to {last:.3f}"
-            sentences.append(
-                f"Cross-entropy's pass@{N} peaked at {best:.3f} and fell to {end:.3f} with more training, while its "
-                f"pass@1 {moved}." if end < 0.95 * best else
-                f"Cross-entropy's pass@{N} did not fall in these epochs: best {best:.3f}, at the end {end:.3f}.")
-        else:
-            versus = "" if rival is None or not all(rival) else ": " + ", ".join(
-                f"{end / value:.2f} times {which}" for which, value in
-                zip(("cross-entropy's end", "its best epoch", "its best epoch and temperature"), rival))
-            name = labels[key][0].upper() + labels[key][1:]
-            sentences.append(f"{name} ended at {end:.3f}{versus}.")
-    return " ".join(sentences)
+    """In plain sentences: what became of cross-entropy, and how the other losses' ends compare with it."""
+    stages = {label: np.mean([pass_at_stages(run, N) for run in runs], axis=0) for label, runs in groups.items()}
+    rivals, sentences = [label for label in groups if label.startswith("cross-entropy")], []
+    for label, (end, best, _) in stages.items():
+        if label in rivals[:1]:
+            sentences.append(f"Cross-entropy's pass@{N} is {best:.3f} in its best epoch and {end:.3f} at the end.")
+        elif label not in rivals and rivals and stages[rivals[0]].all():
+            versus = zip(("cross-entropy's end", "its best epoch", "its best epoch and temperature"), stages[rivals[0]])
+            versus = [f"{end / value:.2f} times {name}" for name, value in versus]
+            if len(rivals) > 1:
+                versus.append(f"{end / max(stages[rival][2] for rival in rivals):.2f} times the best of all its rows")
+            sentences.append(f"{label} ends at {end:.3f}: {', '.join(versus)}.")
+    return "\n".join(sentences)
 
 
-def print_trace(model, task):
-    """A right reasoning trace for the first test problem that has one among 64 sampled ones."""
-    device = model.head.weight.device
-    generator = torch.Generator(device).manual_seed(0)
-    for prompt, answer in zip(*task.test):
-        traces = sample(model, prompt.to(device).expand(64, -1), len(answer), generator=generator).cpu()
-        right = traces[(traces[:, -task.final:] == answer[-task.final:]).all(dim=1)]
-        if len(right):
-            text = "".join(task.vocab[token] for token in [*prompt, *right[0]])
-            print(f"\nA test problem and a right trace, one of {len(right)} among 64: {text}")
-            return
-
-
-def print_proof(model, task):
-    """The first test theorem that is proved within 64 attempts, and the proof: each line a goal and the tactic used on
-    it; what the tactic leaves to prove stands below, indented."""
-    search, generator = task.searches["test"], torch.Generator().manual_seed(0)
-    policy = F.softmax(tactic_logits(model, search), dim=-1)
-    attempts = ((row, n, attempt_proof(policy, search, row, generator))
-                for row in search.theorems.tolist() for n in range(1, 65))
-    row, n, proof = next((attempt for attempt in attempts if attempt[2]), (None, None, None))
-    if proof is None:
-        return
-    hypotheses, goal = search.states[row]
-    print(f"\nA test theorem, and the proof that attempt {n} found:")
-    for number, formula in enumerate(hypotheses, 1):
-        print(f"  {number}: {show(formula)}")
-    print(f"  ⊢ {show(goal)}")
-    for row, token, depth in proof:
-        hypotheses, goal = search.states[row]
-        tactic = token - FIRST_TACTIC
-        if tactic:
-            used = f"apply {tactic}: {show(hypotheses[tactic - 1])}"
-        else:
-            (assumed, _), = apply_tactic((hypotheses, goal), tactic)
-            used = f"intro {assumed.index(goal[0]) + 1}: {show(goal[0])}"
-        print(f"{'  ' * (MAX_DEPTH - depth + 2)}{show(goal)}".ljust(28) + used)
-
-
-def draw(groups, task, N, path):
+def draw(groups, N, path):
     """The main figure: what each loss does to pass@1, pass@N and confidence as training goes on, and at its end."""
-    labels, more, colors = labels_of(groups), iter(MORE_COLORS * 9), {}
-    for key in groups:
-        color = COLORS.get(key[0])
-        fresh = color not in (None, *colors.values()) and key[1] in (1, N, SETTINGS[task.name]["N"])
-        colors[key] = color if fresh else next(more)
+    colors, more = {}, iter(MORE_COLORS * 9)
+    for label in groups:
+        color = COLORS.get(label.split(",")[0])
+        colors[label] = next(more) if color in (None, *colors.values()) else color
     measured = [n for n in measured_tries(groups) if n in TRIES]
     figure, axes = plt.subplots(2, 3, figsize=(12, 7.2), layout="constrained")
     (pass_1, pass_N, confidence), (histogram, tries, temperature) = axes
 
-    def line(axis, xs, mean, error, **style):
-        axis.plot(xs, mean, **style)
-        axis.fill_between(xs, mean - error, mean + error, color=style["color"], alpha=0.2, linewidth=0)
+    def line(axis, xs, values, color, **style):  # values: (seeds, xs)
+        mean, error = mean_and_error(values)
+        axis.plot(xs, mean, color=color, **style)
+        axis.fill_between(xs, mean - error, mean + error, color=color, alpha=0.2, linewidth=0)
 
-    tempered = set.intersection(*({*run["history"][0]["tempered"]} for runs in groups.values() for run in runs))
-    temperatures = sorted([1.0, *map(float, tempered)])
-    by_T = lambda record: [(record["tempered"] | {"1": record["test"]})[f"{T:g}"][f"pass@{N}"] for T in temperatures]
-    for key, runs in groups.items():
-        color, label = colors[key], labels[key]
-        for axis, n in ((pass_1, 1), (pass_N, N)):
-            line(axis, *curve(runs, lambda record: record["test"][f"pass@{n}"]), color=color)
-        line(confidence, *curve(runs, lambda record: record["test"]["confidence"]), color=color)
-        line(confidence, *curve(runs, lambda record: record["train"]["confidence"]), color=color, linestyle=":")
+    for label, runs in groups.items():
+        color, histories = colors[label], [run["history"] for run in runs]
+        epochs = [record["epoch"] for record in histories[0]]
+        temperatures = sorted(histories[0][0]["tempered"], key=float)
+        curve = lambda split, key: np.array([[record[split][key] for record in history] for history in histories])
+        by_T = np.stack([[[record["tempered"][T][f"pass@{N}"] for T in temperatures] for record in history]
+                         for history in histories])  # (seeds, epochs, temperatures)
+        line(pass_1, epochs, curve("test", "pass@1"), color)
+        line(pass_N, epochs, curve("test", f"pass@{N}"), color)
+        line(confidence, epochs, curve("test", "confidence"), color)
+        line(confidence, epochs, curve("train", "confidence"), color, linestyle=":")
         values = np.concatenate([run["problems"]["confidence"] for run in runs])
         histogram.hist(values, bins=np.linspace(0, 1, 26), weights=np.full(len(values), 1 / len(values)),
-                       histtype="stepfilled", color=color, alpha=0.35, edgecolor=color)
-        for stage, style in (("at the end", "-"), ("best epoch", "--")):
-            if stage == "at the end" or key[0] == "ce":
-                shown = f"{label}, {stage}" if key[0] == "ce" else label
-                values = [[at(run, N, stage)[f"pass@{n}"] for n in measured] for run in runs]
-                line(tries, measured, *mean_and_error(values), color=color, linestyle=style, label=shown)
-                by_temperature = [[by_T(record) for record in run["history"]] for run in runs]  # (seeds, epochs, T)
-                line(temperature, temperatures, *mean_and_error(
-                    [values[-1] if stage == "at the end" else np.max(values, axis=0) for values in by_temperature]),
-                    color=color, linestyle=style, marker="o", markersize=4)
-        if key[0] == "ce":
-            epochs, mean, _ = curve(runs, lambda record: record["test"][f"pass@{N}"])
-            best = int(np.argmax(mean))
+                       histtype="step", linewidth=1.5, color=color)
+        ends = [[history[-1]["test"][f"pass@{n}"] for n in measured] for history in histories]
+        line(tries, measured, ends, color, label=label)
+        line(temperature, [*map(float, temperatures)], by_T[:, -1], color, marker="o", markersize=4)
+        if label.startswith("cross-entropy") and label == [*groups][0]:
+            best = [[best_epoch(run, N)[f"pass@{n}"] for n in measured] for run in runs]
+            line(tries, measured, best, color, linestyle="--", label=f"{label}, best epoch")
+            line(temperature, [*map(float, temperatures)], by_T.max(axis=1), color, linestyle="--", marker="o", markersize=4)
+            star = curve("test", f"pass@{N}").mean(axis=0).argmax()
             for axis, n in ((pass_1, 1), (pass_N, N)):
-                _, values, _ = curve(runs, lambda record: record["test"][f"pass@{n}"])
-                axis.plot(epochs[best], values[best], "*", color=color, markersize=15, markeredgecolor="black")
+                axis.plot(epochs[star], curve("test", f"pass@{n}").mean(axis=0)[star], "*", color=color, markersize=15,
+                          markeredgecolor="black")
 
-    for (label, blind), style in zip(blind_rivals(task, groups).items(), (":", "--", "-.")):
-        tries.plot(measured, [*map(blind, measured)], color="grey", linestyle=style, label=label)
+    for (name, seeds), style in zip(rivals_of(groups).items(), (":", "--", "-.")):
+        rival = {n: np.mean([values[f"pass@{n}"] for values in seeds]) for n in (*measured, N)}
+        tries.plot(measured, [rival[n] for n in measured], color="grey", linestyle=style, label=name)
         for axis, n in ((pass_1, 1), (pass_N, N)):
-            axis.axhline(blind(n), color="grey", linestyle=style)
+            axis.axhline(rival[n], color="grey", linestyle=style)
 
     for axis, title, x in (
             (pass_1, f"pass@1 (star: cross-entropy's best pass@{N})", "epoch"),
@@ -813,280 +786,173 @@ def draw(groups, task, N, path):
     confidence.set(ylabel="mean probability of the greedy answer", ylim=(0, 1))
     tries.set_xscale("log", base=2)
     tries.set_xticks(ticks := [n for n in COLUMNS if n in measured], ticks)
-    handles, names = tries.get_legend_handles_labels()
-    figure.legend(handles, names, loc="outside upper center", ncols=3, frameon=False)
+    figure.legend(*tries.get_legend_handles_labels(), loc="outside upper center", ncols=3, frameon=False)
     seeds = max(map(len, groups.values()))
     if seeds > 1:
         figure.supxlabel(f"lines: mean over {seeds} seeds; bands: ± one standard error", fontsize="medium")
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    present(figure, path)
 
 
-def frontier(groups, task, N, path):
-    """Which N to train with for which N in the test: a table of the runs' ends with the best of each column, and the
-    figure. For proofs also an ensemble of the runs, and what is best for which shape of theorem."""
-    tries = [n for n in measured_tries(groups) if n in TRIES]
-    colors = [COLORS["ce"], "#E69F00", COLORS["limited"], COLORS["coverage"]]
-    styles = dict(zip(labels_of(groups).values(), zip(colors, "o^sD")))
-    ends = {name: np.array([[run["history"][-1]["test"][f"pass@{n}"] for n in tries] for run in runs])  # (seeds, tries)
-            for name, runs in zip(styles, groups.values())}
-    shown = [i for i, n in enumerate(tries) if n in COLUMNS]
-    columns = [f"pass@{tries[i]}" for i in shown]
-    means = np.array([values.mean(axis=0)[shown] for values in ends.values()])  # (trained with, tested with)
-    rivals = {name: np.array([[*map(blind, tries)]]) for name, blind in blind_rivals(task, groups).items()}
-    if task.searches:
-        teams = [torch.tensor([run["problems"]["p"] for run in team]).double() for team in zip(*groups.values())]
-        rivals["ensemble"] = np.array([[ensemble_pass_at_n(team, n).mean() for n in tries] for team in teams])
-    print_rows(columns, {f"trained with {name}": values[:, shown] for name, values in ends.items()}
-               | {name: values[:, shown] for name, values in rivals.items()})
-    print("Best " + ", ".join(f"at {column}: {[*ends][i]}" for column, i in zip(columns, means.argmax(axis=0))))
-
-    others = SHAPES if task.searches else {}
-    figure = plt.figure(figsize=(7.5 + 4 * len(others), 4.4), layout="constrained")
-    curves, *others = figure.subplots(1, 1 + len(others), squeeze=False)[0]
-    for name, values in ends.items():
-        color, marker = styles[name]
-        curves.errorbar(tries, *mean_and_error(values), color=color, marker=marker, label=name, capsize=2)
-    best = [[at(run, N, "best epoch")[f"pass@{n}"] for n in tries] for run in next(iter(groups.values()))]
-    curves.errorbar(tries, *mean_and_error(best), color=COLORS["ce"], linestyle="--", label="cross-entropy, best epoch")
-    for (name, values), style in zip(rivals.items(), (":", "--", "-.")):
-        color, style = ("black", "-") if name == "ensemble" else ("grey", style)
-        curves.errorbar(tries, *mean_and_error(values), color=color, linestyle=style, label=name)
-    curves.set_xscale("log", base=2)
-    curves.set_xticks([tries[i] for i in shown], [tries[i] for i in shown])
-    curves.set(title="pass@N at the end of training", xlabel="tries N in the test", ylabel="share of test problems",
-               ylim=(0, 1))
-    for axis, shape in zip(others, SHAPES):
-        by_shape(groups, styles, shape, N, axis)
-    for axis in (curves, *others):
-        axis.spines[["top", "right"]].set_visible(False)
-    figure.legend(*curves.get_legend_handles_labels(), loc="outside right upper", frameon=False)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
-
-
-def ensemble_pass_at_n(p, N):
-    """pass@N of each problem where N tries are split evenly among K models: 1 - Π_k (1 - p_k)^(N/K). p: (K, P), their
-    success probabilities; returns (P,), nan where N is less than K."""
-    K = len(p)
-    return pass_at_n(1 - (1 - p).prod(dim=0), N / K) if N >= K else torch.full(p.shape[1:], torch.nan)
-
-
-# The shapes of proofs: the number of tactics in the shortest, and how many tactics apply along it, on average.
-SHAPES = {"length": (0, 7, 9, 11, math.inf), "branching": (0, 1.8, 2, 2.2, math.inf)}
-
-
-def by_shape(groups, styles, shape, N, axis):
-    """pass@N of the theorems between each two edges of a shape: printed as a table, and drawn on an axis."""
-    edges = SHAPES[shape]
-    bins = [f"below {edges[1]}", *(f"{a} to {b}" for a, b in zip(edges[1:], edges[2:-1])), f"from {edges[-2]}"]
-    values = defaultdict(list)  # {name: for each seed, pass@N by bin}
-    for team in zip(*groups.values()):  # the runs of one seed
-        problems = team[0]["problems"]
-        p = torch.tensor([run["problems"]["p"] for run in team]).double()
-        solved = dict(zip(styles, pass_at_n(p, N))) | {"ensemble": ensemble_pass_at_n(p, N),
-                                                      "blind search": pass_at_n(problems["blind"], N)}
-        place = np.digitize(problems[shape], edges) - 1
-        for name, share in solved.items():
-            values[name].append([share[place == i].mean() for i in range(len(bins))])
-    print(f"\npass@{N} by the proof's {shape}:")
-    print_rows(bins, values)
-    means = np.array([mean_and_error(values[name])[0] for name in styles])
-    print("Best, " + ", ".join(f"{name}: {[*styles][i]}" for name, i in zip(bins, means.argmax(axis=0))))
-    for name in values:
-        color, marker = styles.get(name, ("black" if name == "ensemble" else "grey", ""))
-        axis.errorbar(bins, *mean_and_error(values[name]), color=color, marker=marker, capsize=2,
-                      linestyle=":" if name == "blind search" else "-")
-    axis.set(title=f"pass@{N} by the proof's {shape}", ylim=(0, 1), ylabel="share of these theorems",
-             xlabel={"length": "tactics in the shortest proof",
-                     "branching": "tactics that apply, mean along that proof"}[shape])
-
-
-def theory(groups, N, file):
-    """The demo: the figure's four panels in the order of the argument, and two tables. Trains no network."""
-    a, K = 0.1, 500  # the one-parameter picture's
-    p = 1 / np.arange(1, 101) ** 1.2  # one uncertain question: 100 answers, the r-th likeliest with p ~ r^-1.2
-    p /= p.sum()
-    print(f"The best confidence in an answer that is right with probability {a}, among {K}:")
-    print_rows([f"N={n}" for n in COLUMNS], {"best c": [[best_confidence(n, a, K) for n in COLUMNS]]})
-    print("\npass@N of policies over 100 answers of probabilities p ~ 1/rank^1.2:")
-    policies = {"q = p (cross-entropy tends here)": p, f"the limited loss, N={N}, tends here": limited_policy(p, N)}
-    policies |= {f"the optimum for N={n} (the coverage loss)": optimal_policy(p, n) for n in COLUMNS}
-    print_rows([f"pass@{n}" for n in COLUMNS],
-               {name: [[float(p @ pass_at_n(q, n).numpy()) for n in COLUMNS]] for name, q in policies.items()})
-
+def theory(N, path):
+    """The demo: four panels in the order of the argument. Trains no network."""
     colors = dict(zip(COLUMNS, ["#000000", "#E69F00", "#0072B2", "#009E73"]))
     figure, ((factor, ranked), (confidence, steps)) = plt.subplots(2, 2, figsize=(12, 8.6), layout="constrained")
-    ps = np.logspace(-5, 0, 400)[:-1]
+    p = np.logspace(-5, 0, 400)[:-1]
     for n, color in colors.items():
-        factor.plot(ps, overconfidence_factor(torch.tensor(np.log(ps)), n), color=color, label=f"N = {n}")
+        factor.plot(p, overconfidence_factor(torch.tensor(np.log(p)), n), color=color, label=f"N = {n}")
         factor.axvline(1 / n, color=color, linestyle=":")
     factor.set(title="(a) An example stops pulling near p = 1/N (dotted)", xscale="log", ylim=(0, 1.05),
                xlabel="p, probability that one try is right", ylabel="overconfidence factor F(N, p)")
     factor.legend(frameon=False, loc="lower left")
 
-    ranks = np.arange(1, len(p) + 1)
-    for name, q, color, style in (("cross-entropy: q = p", p, COLORS["ce"], "-"),
-                                  ("limited loss", limited_policy(p, N), COLORS["limited"], "--"),
-                                  ("coverage loss, best for pass@N", optimal_policy(p, N), COLORS["coverage"], "-.")):
-        ranked.plot(ranks[q > 0], q[q > 0], color=color, linestyle=style, label=name)
+    p = 1 / np.arange(1, 101) ** 1.2  # one uncertain question: 100 answers, the r-th likeliest with p ~ r^-1.2
+    p /= p.sum()
+    for loss, name, q, style in (("cross-entropy", "cross-entropy: q = p", p, "-"),
+                                 ("limited N=64", "limited loss", limited_policy(p, N), "--"),
+                                 ("coverage N=64", "coverage loss, best for pass@N", optimal_policy(p, N), "-.")):
+        ranked.plot(np.flatnonzero(q) + 1, q[q > 0], color=COLORS[loss], linestyle=style, label=name)
     ranked.axhline(1 / N, color="grey", linestyle=":")
     ranked.text(100, 1.08 / N, f"1/N = 1/{N}", color="grey", ha="right")
     ranked.set(title=f"(b) Where the losses tend on an uncertain question, N = {N}", xscale="log", yscale="log",
                xlabel="answer, by rank", ylabel="probability q given to the answer")
     ranked.legend(frameon=False, loc="lower left")
 
-    cs = np.concatenate([np.logspace(math.log10(1 / K), -0.01, 300), 1 - np.logspace(-2, -6, 30)])
+    a, K = 0.1, 500  # the one-parameter picture's
+    c = np.geomspace(1 / K, 1 - 1e-9, 1000)
     for n, color in colors.items():
-        best = best_confidence(n, a, K)
-        top = confident_pass_at_n(best, n, a, K)
-        confidence.plot(cs, confident_pass_at_n(cs, n, a, K), color=color)
-        confidence.plot(best, top, "o", color=color, markeredgecolor="white", markersize=9)
-        confidence.annotate(f"N = {n}", (best, top), {1: (0, -18), 8: (-34, 3)}.get(n, (0, 8)), color=color, ha="center",
-                            textcoords="offset points")
-    for (loss, n, _), runs in groups.items():
-        if n in (1, N) and all(f"pass@{N}" in run["history"][0]["test"] for run in runs):
-            path_c, path_pass = (curve(runs, lambda record: record["test"][key])[1]
-                                 for key in ("confidence", f"pass@{N}"))
-            confidence.plot(path_c[1:], path_pass[1:], ".--",  # but for epoch 0, before any training
-                            color=COLORS.get(loss, "grey"), linewidth=1, label=f"trained: {name_of(loss, n)}, pass@{N}")
-        confidence.legend(frameon=False, loc="upper left")
-    confidence.set(title="(c) The best confidence (dots) falls as N grows", xscale="log", xlim=(1 / K, 1.5), ylim=(0, 1.1),
-                   xlabel=f"confidence c in a favourite that is right with probability {a}", ylabel="pass@N")
+        best = optimal_policy([a] + [(1 - a) / (K - 1)] * (K - 1), n)[0]  # equal answers get equal q: the picture's own c
+        confidence.plot(c, confident_pass_at_n(c, n, a, K), color=color)
+        confidence.plot(best, confident_pass_at_n(best, n, a, K), "o", color=color, markeredgecolor="white", markersize=9)
+    confidence.set(title="(c) The best confidence (dots) falls as N grows (colours as in a)", xscale="log", xlim=(1 / K, 1.1),
+                   ylim=(0, 1.1), xlabel=f"confidence c in a favourite that is right with probability {a}", ylabel="pass@N")
 
-    random = np.random.default_rng(0)
-    labels = random.choice(len(p), size=50, p=p)  # 50 problems alike, one sampled label each: the training set
-    weights = F.one_hot(torch.from_numpy(labels), len(p)).double()
-    population = torch.from_numpy(p)
-    for loss, width in zip(LOSSES, (2, 2, 6)):  # every label starts alike, so the limited and coverage losses coincide
-        path = [(pass_at_n(q, N) @ population).mean() for q in descend(weights, loss, N, 500, 1.0)]
-        steps.plot(path, color=COLORS[loss], linewidth=width, alpha=1 if width == 2 else 0.4, label=name_of(loss, N))
+    labels = torch.from_numpy(np.random.default_rng(0).choice(len(p), size=50, p=p))  # 50 problems alike, a label each
+    for loss, name in (("ce", "cross-entropy"), ("limited", f"limited N={N}")):
+        path_of_q = descend(torch.zeros(len(labels), len(p)), labels, loss, N, 500, 1.0)
+        steps.plot([(pass_at_n(q, N) @ torch.from_numpy(p)).mean() for q in path_of_q], label=name,
+                   color=COLORS["cross-entropy" if loss == "ce" else "limited N=64"])
     steps.set(title="(d) No network: bare logits, one sampled label a problem", xscale="symlog", ylim=(0, 1),
               xlabel="step of gradient descent", ylabel=f"pass@{N} on fresh labels")
     steps.legend(frameon=False, loc="lower left")
     for axis in figure.axes:
         axis.spines[["top", "right"]].set_visible(False)
-    figure.savefig(file, dpi=110)
+    present(figure, path)
+
+
+def present(figure, path):
+    """Save a figure and say where it is; in a notebook, show it."""
+    figure.savefig(path, dpi=110)
     plt.close(figure)
-
-
-# ==========================================================================================================
-# 8. Command line
-# ==========================================================================================================
-
-def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
-    parser.error = fail
-    parser.add_argument("--task", choices=TASKS, default="multiply")
-    parser.add_argument("--loss", choices=["both", "all", *LOSSES], default="both")
-    parser.add_argument("--N", type=whole(1), help="tries: the limited loss trains for this pass@N, 64 if not given; "
-                        "with --task prove it is for each tactic, 4 if not given")
-    parser.add_argument("--epochs", type=whole(0), help="default: the task's own, in SETTINGS")
-    parser.add_argument("--traces", type=whole(1, 100_000), help="--task cot: sampled to estimate each p")
-    parser.add_argument("--interval", type=whole(1), help="--task cot: epochs from one estimate to the next")
-    parser.add_argument("--seed", type=whole(0), default=0)
-    parser.add_argument("--seeds", type=whole(1, 1000), default=1, help="train this many seeds, from --seed on")
-    parser.add_argument("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto")
-    parser.add_argument("--out", default="out", help="the folder for runs and figures")
-    parser.add_argument("--math-dir", help="the MATH dataset's folder; without it, the datasets package fetches it")
-    parser.add_argument("--frontier", action="store_true",
-                        help="train with N = 1, 8, 64 and 512 (--task prove: 1, 2, 4 and 8), and compare")
-    parser.add_argument("--theory", action="store_true", help="train nothing: draw why each loss does what it does")
-    args = parser.parse_args(argv)
-    if args.task != "cot" and (args.traces or args.interval):
-        fail(f"--traces and --interval are for --task cot, whose p is estimated; leave them out for --task {args.task}")
-    if args.task == "cot" and args.loss == "coverage":
-        fail("the coverage loss needs p itself, which --task cot only estimates: use --loss ce or limited")
-    device = choose_device(args.device)
-    out = Path(args.out)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=out).close()
-    except OSError as error:
-        fail(f"cannot write to --out {out} ({error.strerror}): give a folder that you may write to")
-
-    N = args.N or SETTINGS[args.task]["N"]
-    if args.theory:
-        theory(load_runs(out, args.task), N, out / "theory.png")
-        present(out / "theory.png")
-        return 0
-
-    changes = {key: getattr(args, key) for key in ("epochs", "traces", "interval") if getattr(args, key) is not None}
-    losses = {"both": ["ce", "limited"], "all": ["ce", "limited"] if args.task == "cot" else [*LOSSES]}
-    recipes = [(loss, N) for loss in losses.get(args.loss, [args.loss])]
-    if args.frontier:
-        recipes = [("limited" if n > 1 else "ce", n) for n in ((1, 2, 4, 8) if args.task == "prove" else COLUMNS)]
-    seeds, interrupted, model = range(args.seed, args.seed + args.seeds), False, None
-    try:
-        for seed in seeds:
-            task = build(args.task, seed, args.math_dir)
-            for loss, n in recipes:
-                path = out / f"{task.name}-{loss}-N{1 if loss == 'ce' else n}-seed{seed}.json"
-                run, model = train(task, loss, n, seed, device, path, **changes)
-                print(f"{name_of(loss, run['N'])}, seed {seed}: {run['history'][-1]['seconds']:.0f} s, "
-                      f"{run['tokens_per_second']:,} training tokens per second, saved in {path}")
-    except KeyboardInterrupt:
-        interrupted = True
-        print(f"\nInterrupted; what was measured until then is kept in {out}", file=sys.stderr)
-    except OSError as error:
-        fail(f"cannot write to --out {out} ({error.strerror}): make room there; what was saved before is kept")
-
-    groups = load_runs(out, args.task)
-    if groups:
-        goal, measured = aim(args.task, N), measured_tries(groups, everywhere=True)
-        N = min(measured, key=lambda n: abs(math.log(n / goal)))  # where some run lacks that pass@N, the nearest
-        if args.frontier and not interrupted:
-            epochs = changes.get("epochs", SETTINGS[args.task]["epochs"])
-            ends = {key: [run for run in groups[key] if run["seed"] in seeds]  # every N with the same seeds
-                    for key in ((loss, n, epochs) for loss, n in recipes)}
-            frontier(ends, task, N, out / f"{task.name}-frontier.png")
-            present(out / f"{task.name}-frontier.png")
-        print_table(groups, task, N)
-        print(in_words(groups, N))
-        draw(groups, task, N, out / f"{task.name}.png")
-        present(out / f"{task.name}.png")
-    if model is not None and task.final:
-        print_trace(model, task)
-    if model is not None and task.searches:
-        print_proof(model, task)
-    return 130 if interrupted else 0
-
-
-def build(name, seed, math_dir):
-    try:
-        return TASKS[name](seed, math_dir) if name == "math" else TASKS[name](seed)
-    except (OSError, ValueError) as error:
-        fail(error)
-
-
-def present(path):
-    """Say where a figure is; in a notebook, show it."""
     print(f"Figure: {path}")
     if "ipykernel" in sys.modules:
         from IPython.display import Image, display
         display(Image(path))
 
 
-def choose_device(name):
+# ==========================================================================================================
+# 8. Command line
+# ==========================================================================================================
+
+
+def parse_arguments(argv):
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
+    parser.error = fail
+    parser.add_argument("--task", choices=TASKS, default="multiply")
+    parser.add_argument("--loss", choices=["both", "all", *LOSSES], default="both")
+    parser.add_argument("--N", type=number(int, 1, 1_000_000), help="tries: the limited loss trains for this pass@N; "
+                        "default: the task's own, in SETTINGS (64; --task prove: 4, for each step)")
+    for name, kind, low, meaning in (
+            ("epochs", int, 0, "default: the task's own"), ("weight-decay", float, 0, "AdamW's, default 0"),
+            ("traces", int, 1, "--task cot: sampled to estimate each p"),
+            ("interval", int, 1, "--task cot: epochs from one estimate to the next")):
+        parser.add_argument(f"--{name}", type=number(kind, low, 100_000), help=meaning)
+    parser.add_argument("--seed", type=number(int, 0, 1_000_000), default=0)
+    parser.add_argument("--seeds", type=number(int, 1, 1000), default=1, help="train this many seeds, from --seed on")
+    parser.add_argument("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto")
+    parser.add_argument("--out", type=Path, default="out", help="the folder for runs and figures")
+    parser.add_argument("--math-dir", help="the MATH dataset's folder; without it, the datasets package fetches it")
+    parser.add_argument("--frontier", action="store_true",
+                        help="train with N = 1, 8, 64 and 512 (--task prove: 1, 2, 4 and 8)")
+    parser.add_argument("--theory", action="store_true", help="train nothing: draw why each loss does what it does")
+    args = parser.parse_args(argv)
+    args.changes = {name: getattr(args, name) for name in ("epochs", "weight_decay", "traces", "interval")
+                    if getattr(args, name) is not None}
+    for name in args.changes.keys() - SETTINGS[args.task].keys():
+        fail(f"--{name} is no setting of --task {args.task}; leave it out")
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    if name == "auto":
-        return next(device for device in available if available[device])
-    if not available[name]:
-        fail(f"--device {name}: this machine has none that PyTorch can use; try --device auto")
-    return name
+    if args.device == "auto":
+        args.device = next(device for device in available if available[device])
+    if not available[args.device]:
+        fail(f"--device {args.device}: this machine has none that PyTorch can use; try --device auto")
+    return args
 
 
-def whole(minimum, maximum=1_000_000):
-    def parse(text):
-        if text.isdecimal() and len(text) < 10 and minimum <= int(text) <= maximum:
-            return int(text)
-        raise argparse.ArgumentTypeError(f"{text[:20]!r} is not a whole number from {minimum} to {maximum:,}")
-    return parse
+def number(kind, low, high):
+    """A check for argparse: the text as a number of a kind, from low to high."""
+    def check(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = low - 1
+        if not low <= value <= high:
+            name = "whole number" if kind is int else "number"
+            raise argparse.ArgumentTypeError(f"{text[:20]!r} is not a {name} from {low} to {high:,}")
+        return value
+    return check
 
 
 def fail(message):
     print(f"passn.py: {message}", file=sys.stderr)
     sys.exit(2)
+
+
+def build(args, seed):
+    """The task, and the (loss, N) to train it with."""
+    try:
+        task = TASKS[args.task](seed, *[args.math_dir] * (args.task == "math"))
+    except (OSError, ValueError) as error:
+        fail(error)
+    kind, N = KINDS[task.kind], args.N or SETTINGS[task.name]["N"]
+    if args.loss in kind.unusable:
+        fail(f"--loss {args.loss} needs p itself, which --task {task.name} only estimates: use --loss ce or limited")
+    losses = {"both": ["ce", "limited"], "all": [loss for loss in LOSSES if loss not in kind.unusable]}
+    plan = [(loss, N) for loss in losses.get(args.loss, [args.loss])]
+    if args.frontier:
+        plan = [("ce" if N == 1 else "limited", N) for N in kind.frontier]
+    return task, plan, kind.goal(N)
+
+
+def main(argv=None):
+    for stream in (sys.stdout, sys.stderr):  # no console is too plain for an arrow
+        getattr(stream, "reconfigure", lambda **_: None)(errors="replace")
+    args, run, status = parse_arguments(argv), None, 0
+    try:
+        args.out.mkdir(parents=True, exist_ok=True)
+        if args.theory:
+            theory(args.N or 64, args.out / "theory.png")
+            return 0
+        try:
+            for seed in range(args.seed, args.seed + args.seeds):
+                task, plan, goal = build(args, seed)
+                for loss, N in plan:
+                    run, _ = train(task, loss, N, seed, args.device, args.out, **args.changes)
+                    print(f"{label_of(run)}, seed {seed}: {run['history'][-1]['seconds']:.0f} s, "
+                          f"{run['tokens_per_second']:,} training tokens per second, saved in {args.out / path_of(run)}")
+        except KeyboardInterrupt:
+            status = 130
+            print(f"\nInterrupted; what was measured until then is kept in {args.out}", file=sys.stderr)
+        groups = load_runs(args.out, args.task)
+        if groups and run:
+            measured = measured_tries(groups)
+            N = min(measured, key=lambda n: abs(math.log(n / goal)))  # where some run lacks that pass@N, the nearest
+            print_table(groups, N)
+            print(in_words(groups, N))
+            draw(groups, N, args.out / f"{args.task}{'-frontier' * args.frontier}.png")
+            print(run["example"])
+    except OSError as error:
+        fail(f"cannot write to --out {args.out} ({error.strerror}): give a folder that you may write to, with room in it; "
+             f"what was saved before is kept")
+    return status
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
 """The tasks: problems with one right answer each, as tokens.
 
-A task is what the training loop in passn.py sees of the world: a vocabulary, and for training and testing a
-matrix of prompts (padded in front, so that every answer starts in the same column) and one of answers (padded
-behind). Each builder below makes one; `TASKS` at the end lists them by name.
+A task is what passn.py sees of the world: a vocabulary, and for training and testing a matrix of prompts (padded in
+front, so that every answer starts in the same column) and one of answers (padded behind), or a table of proofs. Each
+builder below makes one; `TASKS` at the end lists them by name. Of which kind its answers are, and so how they are
+trained and measured, is said once, by `kind`: see section 4 of passn.py.
 """
 
 import json
@@ -18,18 +19,20 @@ import torch
 from tqdm import tqdm
 
 PAD, END = 0, 1  # the first two tokens of every vocabulary: filling, and "the answer ends here"
-UNKNOWN = 2  # where prompts are made of words: a word that the vocabulary lacks
 
 
 class Task(NamedTuple):
     name: str
+    kind: str  # of the answers: a name in passn.py's KINDS
     vocab: list  # vocab[token] is the token's text
-    train: tuple  # prompts (P, prompt length) and answers (P, answer length), int64; for proofs, one row for each step
-    test: tuple  # of the problems' proofs, and a third: the tokens that can be the answer (steps, vocabulary)
+    length: int  # tokens of a prompt and its answer together
+    train: tuple  # prompts (P, prompt length) and answers (P, answer length), int64; of proofs' steps a third, the
+    # tokens that can be the answer (P, vocabulary)
+    test: tuple  # prompts and answers; of proofs the test theorems' `ProofTable`
     guesses: torch.Tensor | None = None  # where answers can be guessed: how often each is right in training (A,)
     test_guess: torch.Tensor | None = None  # the test answers' places in `guesses` (P,), -1 where not among them
     final: int = 0  # where an answer holds a reasoning trace: its last so many tokens are what counts
-    searches: dict | None = None  # of proofs: {"train": Search, "test": Search}
+    train_table: "ProofTable | None" = None  # of proofs: some training theorems, to measure on
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -44,7 +47,7 @@ def multiply(seed=0, num_train=2000, num_test=1000):
     pairs, _ = factors(seed, num_train + num_test)
     prompts = encode([f"{a}*{b}=" for a, b in pairs.tolist()], vocab)
     answers = encode([f"{a * b:04d}" for a, b in pairs.tolist()], vocab)
-    return Task("multiply", vocab, (prompts[:num_train], answers[:num_train]),
+    return Task("multiply", "answers", vocab, 6 + 4, (prompts[:num_train], answers[:num_train]),
                 (prompts[num_train:], answers[num_train:]))
 
 
@@ -75,8 +78,8 @@ def cot(seed=0, num_train=500, num_test=300):
         first, second = partial[::-1] if swap else partial
         traces.append(f"{first:04d}+{second:04d}={a * b:04d}")
     prompts, answers = encode([f"{a}*{b}:" for a, b in pairs.tolist()], vocab), encode(traces, vocab)
-    return Task("cot", vocab, (prompts[:num_train], answers[:num_train]), (prompts[num_train:], answers[num_train:]),
-                final=4)
+    return Task("cot", "traces", vocab, 6 + 14, (prompts[:num_train], answers[:num_train]),
+                (prompts[num_train:], answers[num_train:]), final=4)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -171,17 +174,71 @@ def spell(state):
     return [*sum(numbered, []), "⊢", *show(goal).replace("→", "")]
 
 
-class Search(NamedTuple):
-    """All that attempts at some theorems can come to, as rows of tables. Row i < S is a state, row S stands for
-    "proved" and row S + 1 for a dead end. Tactics are given by their tokens."""
+class ProofTable(NamedTuple):
+    """All that attempts at P theorems can come to: S states, one row each. Tactics are given by their tokens."""
     states: list  # the S states
     prompts: torch.Tensor  # (S, MAX_PROMPT)
     applicable: torch.Tensor  # (S, vocabulary): the tactics that apply
-    left: torch.Tensor  # (S, vocabulary, 2): the rows that each of them leaves to prove
+    left: torch.Tensor  # (S, vocabulary, 2): the rows that each of them leaves to prove, or PROVED, or DEAD_END
     theorems: torch.Tensor  # (P,) the theorems' rows
     length: torch.Tensor  # (P,) the number of tactics in the shortest proof
     branching: torch.Tensor  # (P,) how many tactics apply along it, on average
     blind: torch.Tensor  # (P,) the probability that one attempt of blind search proves the theorem
+
+
+PROVED, DEAD_END = -2, -1  # instead of a state's row: nothing is left to prove, or no tactic applies
+
+
+def proof_p(policy, table, failure=0.0):
+    """The probability that an attempt proves each theorem: (P,) float64. policy: (S, vocabulary), the probability of
+    each tactic in each state of the table.
+
+    A state is proved if a tactic is chosen all of whose remaining states are proved, each by choices of its own. With d
+    tactics left on a branch that is p_d(s) = Σ_t policy(t|s) Π_s' p_(d-1)(s'), and p_0 = `failure` = 0."""
+    ends = torch.tensor([1.0, failure], dtype=torch.float64)  # in the places PROVED and DEAD_END
+    p = torch.full((len(policy),), failure, dtype=torch.float64)
+    for _ in range(MAX_DEPTH):
+        p = (policy * torch.cat([p, ends])[table.left].prod(dim=-1)).sum(dim=-1)
+    return p[table.theorems]
+
+
+def attempt_proof(policy, table, row, generator=None, depth=MAX_DEPTH):
+    """One sampled attempt at the state of a row: the steps [(row, tactic's token, depth left), …] if it proves it, else
+    None."""
+    if depth == 0 or row == DEAD_END:
+        return None
+    token = torch.multinomial(policy[row], 1, generator=generator).item()
+    steps = [(row, token, depth)]
+    for part in table.left[row, token].tolist():
+        if part != PROVED:
+            proof = attempt_proof(policy, table, part, generator, depth - 1)
+            if proof is None:
+                return None
+            steps += proof
+    return steps
+
+
+def show_proof(policy, table):
+    """The first theorem that is proved within 64 attempts, and the proof, as text: each line a goal and the tactic used
+    on it; what the tactic leaves to prove stands below, indented."""
+    generator = torch.Generator().manual_seed(0)
+    attempts = ((n, attempt_proof(policy, table, row, generator)) for row in table.theorems.tolist() for n in range(1, 65))
+    n, proof = next(filter(lambda attempt: attempt[1], attempts), (0, None))
+    if proof is None:
+        return ""
+    hypotheses, goal = table.states[proof[0][0]]
+    lines = [f"A test theorem, and the proof that attempt {n} found:"]
+    lines += [f"  {number}: {show(formula)}" for number, formula in enumerate(hypotheses, 1)] + [f"  ⊢ {show(goal)}"]
+    for row, token, depth in proof:
+        hypotheses, goal = table.states[row]
+        tactic = token - FIRST_TACTIC
+        if tactic:
+            used = f"apply {tactic}: {show(hypotheses[tactic - 1])}"
+        else:
+            (assumed, _), = apply_tactic((hypotheses, goal), tactic)
+            used = f"intro {assumed.index(goal[0]) + 1}: {show(goal[0])}"
+        lines.append(f"{'  ' * (MAX_DEPTH - depth + 2)}{show(goal)}".ljust(28) + used)
+    return "\n".join(lines)
 
 
 def prove(seed=0, num_train=300, num_test=300):
@@ -197,8 +254,8 @@ def prove(seed=0, num_train=300, num_test=300):
                 theorems.setdefault(fingerprint(theorem), theorem)
                 bar.update(len(theorems) - bar.n)
     train, test = [*theorems.values()][:num_train], [*theorems.values()][num_train:]
-    return Task("prove", PROVE_VOCAB, proof_steps(train), proof_steps(test),
-                searches={"train": search(train[:100]), "test": search(test)})
+    return Task("prove", "steps", PROVE_VOCAB, MAX_PROMPT + 1, proof_steps(train), proof_table(test),
+                train_table=proof_table(train[:100]))
 
 
 def random_theorem(random):
@@ -255,21 +312,21 @@ def applicable_tactics(states):
     return applicable
 
 
-def search(theorems):
-    """The `Search` of some theorems."""
+def proof_table(theorems):
+    """The `ProofTable` of some theorems."""
     states = [*dict.fromkeys(state for theorem in theorems for state in reachable(theorem))]
-    row, S = {state: i for i, state in enumerate(states)}, len(states)
-    left = torch.full((S, len(PROVE_VOCAB), 2), S)
+    row = {state: i for i, state in enumerate(states)}
+    left = torch.full((len(states), len(PROVE_VOCAB), 2), PROVED)
     for state in states:
         for tactic, parts in tactics(state).items():
             for i, part in enumerate(parts):
-                left[row[state], FIRST_TACTIC + tactic, i] = row.get(part, S + 1)
+                left[row[state], FIRST_TACTIC + tactic, i] = row.get(part, DEAD_END)
     proofs = [shortest_proof(theorem) for theorem in theorems]
     branching = [sum(len(tactics(state)) for state, _ in proof) / len(proof) for proof in proofs]
     blind = [prospect(theorem)[2] for theorem in theorems]
-    return Search(states, read(states), applicable_tactics(states), left,
-                  torch.tensor([row[theorem] for theorem in theorems]), torch.tensor([*map(len, proofs)]),
-                  torch.tensor(branching), torch.tensor(blind, dtype=torch.float64))
+    return ProofTable(states, read(states), applicable_tactics(states), left,
+                      torch.tensor([row[theorem] for theorem in theorems]), torch.tensor([*map(len, proofs)]),
+                      torch.tensor(branching), torch.tensor(blind, dtype=torch.float64))
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -281,7 +338,7 @@ SUBJECTS = ["algebra", "counting_and_probability", "geometry", "intermediate_alg
             "prealgebra", "precalculus"]
 
 
-def math(seed=0, math_dir=None):
+def math_questions(seed=0, math_dir=None):
     """A MATH question -> its integer answer. The split is the dataset's own, so `seed` changes nothing here.
 
     A word, a LaTeX command, a digit or a sign is a token; a word that the training questions use only once is
@@ -313,7 +370,7 @@ def math(seed=0, math_dir=None):
     answer_counts = Counter(answer for _, answer in problems["train"])
     place = {answer: i for i, answer in enumerate(answer_counts)}
     guesses = torch.tensor(list(answer_counts.values()), dtype=torch.float64)
-    return Task("math", vocab, as_tokens("train"), as_tokens("test"), guesses / guesses.sum(),
+    return Task("math", "answers", vocab, MAX_QUESTION + 5, as_tokens("train"), as_tokens("test"), guesses / guesses.sum(),
                 torch.tensor([place.get(answer, -1) for _, answer in problems["test"]]))
 
 
@@ -400,4 +457,4 @@ def encode(texts, vocab):
     return torch.tensor([[token[piece] for piece in text] for text in texts])
 
 
-TASKS = {"multiply": multiply, "cot": cot, "prove": prove, "math": math}
+TASKS = {"multiply": multiply, "cot": cot, "prove": prove, "math": math_questions}
