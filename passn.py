@@ -10,6 +10,7 @@ top to bottom, or run it:
 """
 
 import argparse
+import functools
 import json
 import math
 import os
@@ -27,14 +28,12 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
-from toy_tasks import END, PAD, TASKS, proof_p, show_proof
+from toy_tasks import END, PAD, TASKS, part_of, proof_p, show_proof
 
-# ==========================================================================================================
-# 1. pass@N
+# ==== 1. pass@N ===========================================================================================
 #
 # A model answers a problem by sampling. Let p be the probability that one sample is right. Give it N tries and
 # count the problem as solved if any of them is right: it fails only if all N fail.
-# ==========================================================================================================
 
 
 def pass_at_n(p, N):
@@ -63,8 +62,7 @@ def estimate_pass_at_n(num_samples, num_correct, N):
     return 1 - all_fail[num_correct.long()]
 
 
-# ==========================================================================================================
-# 2. The loss
+# ==== 2. The loss =========================================================================================
 #
 # Cross-entropy, -log p, asks for the first try to be right. With N tries the thing to ask for is that any of them
 # is: minus the logarithm of pass@N. That is the whole idea. What it changes is seen in the gradient:
@@ -75,7 +73,6 @@ def estimate_pass_at_n(num_samples, num_correct, N):
 # number of right answers to expect among N: F ≈ u / (e^u - 1). While p is far below 1/N, F is 1, and the example pulls
 # as it does under cross-entropy; at p = 1/N it is 0.58, at 5/N it is 0.03: an example that N tries solve stops pulling,
 # and the model is not made surer than N tries need. With N = 1, F is 1 everywhere: the loss is cross-entropy itself.
-# ==========================================================================================================
 
 
 def dco_loss(log_p, N):
@@ -136,14 +133,12 @@ LOSSES = {  # from the batch's log_p (B,) and N to the number that is minimized
     "coverage": coverage_loss,
 }
 
-# ==========================================================================================================
-# 3. A small GPT
+# ==== 3. A small GPT ======================================================================================
 #
 # The usual decoder: token and position embeddings, blocks of attention and MLP, logits for the next token. Attention is
 # written out, since for texts this short that is faster than PyTorch's own. Two more things are for speed and change no
 # number. `last`: where only the last few logits are wanted (the answer's), the last block computes only those. `cache`:
 # in sampling, the keys and values of past positions are kept, not computed anew.
-# ==========================================================================================================
 
 
 class Block(nn.Module):
@@ -206,37 +201,30 @@ class GPT(nn.Module):
 
 
 @torch.no_grad()
-def sample(model, prompts, num_new_tokens, temperature=1.0, generator=None, cache=None):
+def sample(model, prompts, num_new_tokens, temperature=1.0, generator=None):
     """Continue prompts (B, T) by sampling each next token from softmax(logits / temperature), greedily at
-    temperature 0. Returns the (B, num_new_tokens) new tokens. A cache that is given is left filled."""
-    if cache is None:
-        # In chunks that share one cache: a large one would spend its time waiting for memory.
-        cache = model.new_cache(min(len(prompts), 1024), prompts.shape[1] + num_new_tokens)
-        return torch.cat([sample(model, x, num_new_tokens, temperature, generator, cache[:, :, :len(x)])
-                          for x in prompts.split(1024)])
-    tokens, start, new_tokens = prompts, 0, []
-    for _ in range(num_new_tokens):
-        logits = model(tokens, last=1, cache=cache, start=start)[:, 0]
-        start += tokens.shape[1]
-        if temperature == 0:
-            tokens = logits.argmax(dim=-1, keepdim=True)
-        else:
-            tokens = torch.multinomial(F.softmax(logits / temperature, dim=-1), 1, generator=generator)
-        new_tokens.append(tokens)
-    return torch.cat(new_tokens, dim=1)
+    temperature 0. Returns the (B, num_new_tokens) new tokens."""
+    chunk = 1024 if prompts.device.type == "cpu" else 16384  # on a CPU a larger cache is waited for
+    cache = model.new_cache(min(len(prompts), chunk), prompts.shape[1] + num_new_tokens)
+    texts = []
+    for tokens in prompts.split(chunk):
+        texts.append(tokens[:, :0])
+        for _ in range(num_new_tokens):
+            start = prompts.shape[1] + texts[-1].shape[1] - tokens.shape[1]  # these are in the cache
+            logits = model(tokens, last=1, cache=cache[:, :, :len(tokens)], start=start)[:, 0]
+            if temperature == 0:
+                tokens = logits.argmax(dim=-1, keepdim=True)
+            else:
+                tokens = torch.multinomial(F.softmax(logits / temperature, dim=-1), 1, generator=generator)
+            texts[-1] = torch.cat([texts[-1], tokens], dim=1)
+    return torch.cat(texts)
 
 
-# ==========================================================================================================
-# 4. Kinds of answers
+# ==== 4. Kinds of answers =================================================================================
 #
 # Training needs log p of each example, measuring needs p of each test problem, and how to have them depends on what
 # an answer is. All that depends on it stands here, in a class for each kind; the rest of this file knows no kind. Who
 # adds a kind writes such a class; who adds a task writes its function in toy_tasks.py, for `TASKS`, and its `SETTINGS`.
-#
-#     Answers   short and right in one form: one pass over prompt and answer gives p, exactly
-#     Traces    with reasoning before the answer: p is a sum over all traces, and must be sampled
-#     Steps     of a proof: trained one by one, measured by p of a whole attempt, a sum over all proofs
-# ==========================================================================================================
 
 TRIES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)  # pass@N is measured for these N, and for the run's own
 COLUMNS = (1, 8, 64, 512)  # and shown for these
@@ -244,27 +232,24 @@ TEMPERATURES = (1.0, 0.7, 1.3, 1.6, 2.0, 2.5)
 
 
 class Answers:
-    """p(y|x) = Π_t p(y_t | x, y_<t), and pass@N follows for every N without sampling. Dividing the logits by T before
-    the softmax gives, from the same pass, what sampling at temperature T would reach."""
-    unusable = ()  # losses that cannot be had
+    """Short, and right in one form: one pass over prompt and answer gives p(y|x) = Π_t p(y_t | x, y_<t), and pass@N
+    follows for every N without sampling. Dividing the logits by T before the softmax gives, from the same pass, what
+    sampling at temperature T would reach."""
+    losses = None  # those that can be had, if not all
     frontier = COLUMNS  # the N that --frontier trains with
+    goal = None  # the number of tries in the test that training aims at, where that is not N
+    shapes = ()  # what else is known of each test problem, for the run's file
 
     def __init__(self, task, settings, seed, device):
-        self.task, self.settings = task, settings
+        self.task, self.settings, self.size = task, settings, len(task.train[0])  # the number of training examples
         self.train = [tensor.to(device) for tensor in task.train]
-        self.num_tokens = len(task.train[0]) * (task.length - 1)  # read in an epoch
         self.generator = torch.Generator(device).manual_seed(seed)
-
-    @staticmethod
-    def goal(N):
-        """The number of tries in the test that training with N aims at."""
-        return N
 
     def new_epoch(self, model, epoch, loss, N):
         """What must be done before an epoch."""
 
     def log_p(self, model, batch):
-        """log p of the training examples in a batch (B,) of their numbers: (B,), to be differentiated."""
+        """log p of a batch (B,) of numbers of training examples: (B,), to be differentiated."""
         x, y, *allowed = (tensor[batch] for tensor in self.train)
         return answer_log_p(answer_logits(model, x, y, *allowed), y)
 
@@ -277,33 +262,23 @@ class Answers:
         """{temperature: (p, confidence, number of samples)} of the test problems, or (split "train") of some training
         problems. p and confidence: (P,) float64 on the CPU, the probability that a sample is right, and that it is the
         model's own greedy answer; exact, and the number None, or the shares among that number of samples."""
-        x, y = self.task.test if split == "test" else [tensor[:500] for tensor in self.task.train]
-        log_p, log_confidence = [], []
-        device = model.head.weight.device
-        room = model.new_cache(250, self.task.length)
-        for x, y in zip(x.to(device).split(250), y.to(device).split(250)):
-            cache = room[:, :, :len(x)]
-            greedy = sample(model, x, y.shape[1], temperature=0, cache=cache)  # from here on the cache knows the prompts
-            is_end = greedy == END
-            greedy[is_end.cumsum(dim=1) - is_end.long() > 0] = PAD  # behind the end, whatever was sampled is no answer
-            for result, answer in ((log_p, y), (log_confidence, greedy)):
-                logits = model(torch.cat([x[:, -1:], answer[:, :-1]], dim=1), cache=cache, start=x.shape[1] - 1)
-                result.append(torch.stack([answer_log_p(logits, answer, T) for T in temperatures]))
-        p, confidence = (torch.cat(result, dim=1).cpu().double().exp() for result in (log_p, log_confidence))
-        return {T: (p[i], confidence[i], None) for i, T in enumerate(temperatures)}
+        x, y = [tensor[:500] for tensor in self.train] if split == "train" else self.task.test
+        x, y = x.to(self.train[0].device), y.to(self.train[0].device)
+        greedy = sample(model, x, y.shape[1], temperature=0)
+        is_end = greedy == END
+        greedy[is_end.cumsum(dim=1) - is_end.long() > 0] = PAD  # behind the end, whatever was sampled is no answer
+        logits, greedy_logits = answer_logits(model, x, y), answer_logits(model, x, greedy)
+        return {T: (answer_log_p(logits, y, T).cpu().double().exp(),
+                    answer_log_p(greedy_logits, greedy, T).cpu().double().exp(), None) for T in temperatures}
 
-    def problems(self):
-        """{name: values} of the test problems, for the run's file."""
-        return {}
-
-    def rivals(self, N):
-        """{name: pass@N} of rivals that learn nothing of the single problem: here, guessers who never read the question,
-        but know how often each answer is right among the training problems, p, and sample from policy(p, N)."""
-        if self.task.guesses is None:
-            return {}
-        policies = {"blind, training frequencies": lambda p, N: p,
-                    "blind, where the limited loss tends": limited_policy, "blind, optimal": optimal_policy}
-        return {name: blind_pass_at_n(self.task, policy, N) for name, policy in policies.items()}
+    def rivals(self):
+        """{name: N -> pass@N} of rivals that learn nothing of the single problem: here, guessers who never read the
+        question. They know how often each answer is right in training, p, and sample from a policy."""
+        policies = {} if self.task.guesses is None else {
+            "blind, training frequencies": lambda p, N: p,
+            "blind, where the limited loss tends": limited_policy,
+            "blind, optimal": optimal_policy}
+        return {name: functools.partial(blind_pass_at_n, self.task, policy) for name, policy in policies.items()}
 
     def example(self, model):
         """Something that the model did, as text, to print at the end."""
@@ -330,67 +305,60 @@ def blind_pass_at_n(task, policy, N):
 
 
 class Traces(Answers):
-    """Of a trace only the last `final` tokens count. Of each problem traces are sampled and the right ones counted, c of
-    n: p̂ = c / n, and pass@N is estimated.
+    """Reasoning, and then the answer, the last `final` tokens, which alone count. So p is a sum over all traces, too
+    many to go through: n traces are sampled, c of them are right, p̂ = c / n, and pass@N is estimated.
 
     In training, autograd has only the log p of the one trace that is trained on. The limited loss is then the paper's
     approximate one: F(N, p̂) times that trace's cross-entropy, with `traces` traces sampled for each training problem,
     anew every `interval` epochs. With p̂ = 0, F is 1."""
-    unusable = ("coverage",)  # with p̂ = 0 everywhere, as at first, its weights are 0 / 0
+    losses = ("ce", "limited")  # others are not F(N, p̂) times cross-entropy
     samples = {1.0: 128, 1.3: 64, 1.6: 64}  # traces of each test problem, at each temperature
-    weights = None
 
     def new_epoch(self, model, epoch, loss, N):
-        if loss != "ce" and epoch % self.settings["interval"] == 0:
-            p = right_traces(model, *self.train, self.task.final, self.settings["traces"], 1.0, self.generator)[1]
-            self.weights = overconfidence_factor(p.double().mean(dim=1).log(), N).to(p.device, torch.float32)
+        if epoch % self.settings["interval"] == 0:
+            self.weights = torch.ones(len(self.train[0]), device=self.train[0].device)
+            if loss != "ce":
+                _, right = right_traces(model, *self.train, self.task, self.settings["traces"], 1.0, self.generator)
+                self.weights = overconfidence_factor(right.float().mean(dim=1).log(), N)
 
     def objective(self, model, batch, loss, N):
-        if self.weights is None:
-            return super().objective(model, batch, loss, N)
-        return -(self.weights[batch] * self.log_p(model, batch)).mean()
+        return LOSSES["ce"](self.weights[batch] * self.log_p(model, batch), N)
 
     def measure(self, model, split, temperatures):
-        device, final = model.head.weight.device, self.task.final
-        examples = self.task.test if split == "test" else [tensor[:100] for tensor in self.task.train]
-        x, y = (tensor.to(device) for tensor in examples)
-        greedy = sample(model, x, y.shape[1], temperature=0)
-        generator, result = torch.Generator(device).manual_seed(0), {}  # the same luck for every model
+        x, y = [tensor[:100] for tensor in self.train] if split == "train" else self.task.test
+        x, y = x.to(self.train[0].device), y.to(self.train[0].device)
+        greedy = sample(model, x, y.shape[1], temperature=0)[:, None, -self.task.final:]
+        generator, result = torch.Generator(x.device).manual_seed(0), {}  # the same luck for every model
         for T in filter(self.samples.get, temperatures):
-            traces, right = right_traces(model, x, y, final, self.samples[T], T, generator)
-            sure = (traces[..., -final:] == greedy[:, None, -final:]).all(dim=2)
+            traces, right = right_traces(model, x, y, self.task, self.samples[T], T, generator)
+            sure = (traces[..., -self.task.final:] == greedy).all(dim=2)
             result[T] = *(share.cpu().double().mean(dim=1) for share in (right, sure)), self.samples[T]
         return result
 
     def example(self, model):
-        """A right trace for the first test problem that has one among 64 sampled ones."""
-        device = model.head.weight.device
-        generator = torch.Generator(device).manual_seed(0)
-        for x, y in zip(*self.task.test):
-            traces, right = right_traces(model, x[None].to(device), y[None].to(device), self.task.final, 64, 1.0, generator)
-            if right.any():
-                text = "".join(self.task.vocab[token] for token in [*x, *traces[right][0]])
-                return f"A test problem and a right trace, one of {right.sum()} among 64: {text}"
-        return ""
+        """A right trace for the first of some test problems that has one among 64 sampled ones."""
+        x, y = (tensor[:50].to(self.train[0].device) for tensor in self.task.test)
+        traces, right = right_traces(model, x, y, self.task, 64, 1.0, self.generator)
+        solved = right.any(dim=1)
+        if not solved.any():
+            return ""
+        tokens = torch.cat([x[solved][0], traces[solved][0][right[solved][0]][0]])
+        return "A test problem and a right trace: " + "".join(self.task.vocab[token] for token in tokens)
 
 
-def right_traces(model, prompts, answers, final, num_samples, temperature, generator):
-    """num_samples traces of each problem (P, num_samples, A), and which of them end in the right `final` tokens."""
+def right_traces(model, prompts, answers, task, num_samples, temperature, generator):
+    """num_samples traces of each problem (P, num_samples, A), and which of them are right (P, num_samples)."""
     traces = sample(model, prompts.repeat_interleave(num_samples, dim=0), answers.shape[1], temperature, generator)
     traces = traces.view(len(prompts), num_samples, -1)
-    return traces, (traces[..., -final:] == answers[:, None, -final:]).all(dim=2)
+    return traces, (traces[..., -task.final:] == answers[:, None, -task.final:]).all(dim=2)
 
 
 class Steps(Answers):
-    """The steps of proofs: a state and the tactic that the known proof uses there. Each is found by its own tries, so
-    the loss is applied to each, and N is for a step: far below the number of attempts, which is what the test counts.
-    The greedy attempt takes the likeliest tactic in every state, and the confidence is the probability of all its
-    choices, whether it proves the theorem or not."""
-    frontier = (1, 2, 4, 8)
-
-    @staticmethod
-    def goal(N):
-        return 64
+    """The steps of proofs: a state, and the tactic that the known proof uses there. The loss is applied to each, with
+    an N for a step, far below the number of attempts, which is what the test counts. A test theorem's p sums over all
+    its proofs, exactly. The greedy attempt takes the likeliest tactic in every state, and the confidence is the
+    probability of all its choices, whether it proves the theorem or not."""
+    frontier, goal, shapes = (1, 2, 4, 8), 64, ("length", "branching", "blind")
 
     @torch.no_grad()
     def measure(self, model, split, temperatures):
@@ -402,15 +370,27 @@ class Steps(Answers):
             result[T] = proof_p(policy, table), proof_p(greedy, table, failure=1.0), None
         return result
 
-    def problems(self):
-        return {name: getattr(self.task.test, name).tolist() for name in ("length", "branching", "blind")}
-
-    def rivals(self, N):
-        return {"blind search": pass_at_n(self.task.test.blind, N).mean().item()}
+    def rivals(self):
+        return {"blind search": lambda N: pass_at_n(self.task.test.blind, N).mean().item()}
 
     @torch.no_grad()
     def example(self, model):
         return show_proof(F.softmax(tactic_logits(model, self.task.test), dim=-1), self.task.test)
+
+
+class Searches(Steps):
+    """Whole attempts at theorems, judged by the kernel; no proof is shown. A theorem has few states, so p, that an
+    attempt proves it, is exact and differentiable, and the loss is that of p itself: N is attempts. With N = 1 it is
+    -log p, cross-entropy's counterpart, which rewards every proof instead of a given one. Reinforcement learning with
+    a verifier estimates this gradient of pass@N from sampled attempts; here it is exact: no baseline, no variance."""
+    frontier, goal = COLUMNS, None
+
+    def __init__(self, task, settings, seed, device):
+        self.task, self.size = task, len(task.train.theorems)
+
+    def log_p(self, model, batch):
+        table = part_of(self.task.train, batch.tolist())
+        return proof_p(F.softmax(tactic_logits(model, table), dim=-1), table).clamp(min=1e-300).log()
 
 
 def tactic_logits(model, table):
@@ -420,24 +400,20 @@ def tactic_logits(model, table):
     return logits.cpu().double().masked_fill(~table.applicable, -torch.inf)
 
 
-KINDS = {"answers": Answers, "traces": Traces, "steps": Steps}
+KINDS = {"answers": Answers, "traces": Traces, "steps": Steps, "searches": Searches}
 
-# ==========================================================================================================
-# 5. Training
+# ==== 5. Training =========================================================================================
 #
 # One loop for every loss and task. A run is a plain dictionary, saved after every evaluation.
-# ==========================================================================================================
 
 # The same for every loss. N is the limited loss's: for the whole answer, in `prove` for each step.
+DEFAULTS = dict(N=64, evaluations=15, batch_size=50, weight_decay=0.0, n_layer=2, n_head=4, n_embd=64)
 SETTINGS = {
-    "multiply": dict(N=64, epochs=75, evaluations=15, batch_size=100, learning_rate=1.5e-3, weight_decay=0.0,
-                     n_layer=2, n_head=4, n_embd=128),
-    "cot": dict(N=64, epochs=120, evaluations=12, batch_size=50, learning_rate=3e-3, weight_decay=0.0,
-                n_layer=2, n_head=4, n_embd=64, traces=32, interval=2),
-    "prove": dict(N=4, epochs=60, evaluations=12, batch_size=50, learning_rate=3e-3, weight_decay=0.0,
-                  n_layer=2, n_head=4, n_embd=64),
-    "math": dict(N=64, epochs=22, evaluations=25, batch_size=50, learning_rate=2e-3, weight_decay=0.0,
-                 n_layer=2, n_head=4, n_embd=128),
+    "multiply": DEFAULTS | dict(epochs=45, learning_rate=1e-3, batch_size=100, n_embd=128),
+    "cot": DEFAULTS | dict(epochs=100, learning_rate=3e-3, traces=32, interval=2),
+    "prove": DEFAULTS | dict(epochs=60, learning_rate=3e-3, N=4),
+    "search": DEFAULTS | dict(epochs=10, learning_rate=3e-3, batch_size=10),
+    "math": DEFAULTS | dict(epochs=20, learning_rate=2e-3, n_embd=128),
 }
 
 
@@ -445,64 +421,51 @@ def train(task, loss="limited", N=None, seed=0, device="cpu", out=None, **change
     """Train a new GPT on a task and measure it as it learns. Returns the run (see the README) and the model.
 
     With loss "ce" the training N is 1, and the N that is given only another pass@N that is measured. Where a folder
-    `out` is given the run is saved there after every evaluation. `changes` are to the task's `SETTINGS`, epochs=10 say."""
+    `out` is given the run is saved there after every evaluation. `changes` are to the task's `SETTINGS`: epochs=10."""
     settings = SETTINGS[task.name] | changes
     goal, epochs, batch_size = N or settings["N"], settings["epochs"], settings["batch_size"]
     N, tries = 1 if loss == "ce" else goal, sorted({*TRIES, goal})
     torch.manual_seed(seed)  # the same first weights and the same order of examples for every loss
     model = GPT(len(task.vocab), task.length, settings["n_layer"], settings["n_head"], settings["n_embd"]).to(device)
     order, kind = torch.Generator().manual_seed(seed), KINDS[task.kind](task, settings, seed, device)
-    num_examples = len(task.train[0])
-    num_steps = epochs * math.ceil(num_examples / batch_size)
+    num_steps = epochs * math.ceil(kind.size / batch_size) or 1
     optimizer = torch.optim.AdamW(model.parameters(), lr=settings["learning_rate"], betas=(0.9, 0.99),
                                   weight_decay=settings["weight_decay"], fused=True)
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: schedule(step / max(num_steps, 1)))
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step:  # up over 5 %, then a cosine down to 0.1
+        min(1, 0.01 + step / (0.05 * num_steps)) * (0.55 + 0.45 * math.cos(math.pi * step / num_steps)))
 
-    rivals = {n: kind.rivals(n) for n in tries}
-    config = {key: value for key, value in settings.items() if key != "N"} | {"device": device}
-    run = {"task": task.name, "loss": loss, "N": N, "seed": seed, "config": config, "tokens_per_second": 0, "history": [],
-           "problems": {}, "rivals": {name: {f"pass@{n}": rivals[n][name] for n in tries} for name in rivals[1]}}
-    start, training = time.perf_counter(), 0.0
+    run = {"task": task.name, "loss": loss, "N": N, "seed": seed, "config": settings | {"N": N, "device": device},
+           "rivals": {name: {f"pass@{n}": rival(n) for n in tries} for name, rival in kind.rivals().items()},
+           "history": [], "problems": {}}
+    start, shown = time.perf_counter(), ("pass@1", f"pass@{kind.goal or goal}", "confidence")
     with tqdm(total=num_steps, desc=f"{task.name} {label_of(run)}, seed {seed}") as bar:
         for epoch in range(epochs + 1):
+            kind.new_epoch(model, epoch, loss, N)
             if epoch == epochs or epoch % math.ceil(epochs / settings["evaluations"]) == 0:
                 with torch.no_grad():
-                    value = kind.objective(model, torch.arange(min(500, num_examples), device=device), loss, N).item()
-                measured, run["problems"] = evaluate(model, kind, tries)
-                seconds = round(time.perf_counter() - start, 2)
-                run["history"].append({"epoch": epoch, "loss": value, "seconds": seconds} | measured)
-                if epoch:
-                    run["tokens_per_second"] = round(epoch * kind.num_tokens / training)
+                    value = kind.objective(model, torch.arange(min(500, kind.size), device=device), loss, N).item()
+                measured = kind.measure(model, "test", TEMPERATURES)
+                tempered = {f"{T:g}": summary(*values, tries) for T, values in measured.items()}
+                run["history"].append({"epoch": epoch, "loss": value, "seconds": round(time.perf_counter() - start, 2),
+                                       "test": tempered["1"], "tempered": tempered,
+                                       "train": summary(*kind.measure(model, "train", [1.0])[1.0], tries)})
+                run["problems"] = {"p": measured[1.0][0].tolist(), "confidence": measured[1.0][1].tolist()}
+                run["problems"] |= {name: getattr(task.test, name).tolist() for name in kind.shapes}
                 if epoch == epochs:
                     run["example"] = kind.example(model)
                 if out:
                     save(run, Path(out) / path_of(run))
-                shown = ("pass@1", f"pass@{kind.goal(goal)}", "confidence")
                 bar.set_postfix_str(f"epoch {epoch}, loss {value:.2f}, " + ", ".join(
-                    f"{key} {measured['test'][key]:.3f}" for key in shown if key in measured["test"]))
+                    f"{key} {tempered['1'][key]:.3f}" for key in shown if key in tempered["1"]))
             if epoch == epochs:
                 break
-            kind.new_epoch(model, epoch, loss, N)
-            began = time.perf_counter()
-            for batch in torch.randperm(num_examples, generator=order).to(device).split(batch_size):
-                value = kind.objective(model, batch, loss, N)
+            for batch in torch.randperm(kind.size, generator=order).to(device).split(batch_size):
                 optimizer.zero_grad()
-                value.backward()
+                kind.objective(model, batch, loss, N).backward()
                 optimizer.step()
                 scheduler.step()
                 bar.update()
-            value.item()  # wait for the GPU
-            training += time.perf_counter() - began
     return run, model
-
-
-def evaluate(model, kind, tries):
-    """What a run records at an epoch: the summaries by split and temperature, and the test problems one by one."""
-    by_temperature = kind.measure(model, "test", TEMPERATURES)
-    tempered = {f"{T:g}": summary(*measured, tries) for T, measured in by_temperature.items()}
-    p, confidence, _ = by_temperature[1.0]
-    return ({"test": tempered["1"], "train": summary(*kind.measure(model, "train", [1.0])[1.0], tries),
-             "tempered": tempered}, {"p": p.tolist(), "confidence": confidence.tolist()} | kind.problems())
 
 
 def summary(p, confidence, num_samples, tries):
@@ -515,17 +478,16 @@ def summary(p, confidence, num_samples, tries):
     return {f"pass@{n}": value.mean().item() for n, value in result.items()} | {"confidence": confidence.mean().item()}
 
 
-def schedule(done):
-    """The learning rate's factor when a share `done` of training is done: up over 5 %, then a cosine down to 0.1."""
-    return min(1, 0.01 + done / 0.05) * (0.55 + 0.45 * math.cos(math.pi * done))
-
-
 def save(run, path):
     """Write a run as JSON, whole or not at all: to a file beside it, *.partial, which then takes its name. There it
     stays, if the run is unfinished and would take the place of a finished one."""
     partial = path.with_suffix(".partial")
     partial.write_text(json.dumps(run))
-    if is_finished(run) or not (path.exists() and is_finished(json.loads(path.read_text()))):
+    try:
+        in_the_way = not is_finished(run) and is_finished(json.loads(path.read_text()))
+    except (OSError, ValueError, LookupError, TypeError):  # there is none, or it is broken
+        in_the_way = False
+    if not in_the_way:
         partial.replace(path)
 
 
@@ -534,30 +496,27 @@ def is_finished(run):
 
 
 def changes_of(run):
-    """{name: value} of the settings in which a run differs from its task's."""
-    return {key: run["config"][key] for key, value in SETTINGS[run["task"]].items()
-            if key != "N" and run["config"][key] != value}
+    """The settings in which a run differs from its task's."""
+    return [f"{key}={run['config'][key]:g}" for key, value in SETTINGS[run["task"]].items()
+            if key != "N" and run["config"][key] != value]
 
 
 def label_of(run):
-    name = "cross-entropy" if run["loss"] == "ce" else f"{run['loss']} N={run['N']}"
-    return ", ".join([name, *(f"{key.replace('_', ' ')} {value:g}" for key, value in changes_of(run).items())])
+    return ", ".join(["cross-entropy" if run["loss"] == "ce" else f"{run['loss']} N={run['N']}", *changes_of(run)])
 
 
 def path_of(run):
-    """Where a run is saved, in --out: runs of different settings have different names."""
-    changes = "".join(f"-{key}{value:g}" for key, value in changes_of(run).items())
-    return f"{run['task']}-{run['loss']}-N{run['N']}{changes}-seed{run['seed']}.json"
+    """The name of a run's file: another one for other settings."""
+    return "-".join([run["task"], run["loss"], f"N{run['N']}", *changes_of(run), f"seed{run['seed']}.json"])
 
-# ==========================================================================================================
-# 6. Theory
+
+# ==== 6. Theory ===========================================================================================
 #
-# Why does each loss do what it does? Two things separate them. Where one label is all there is to learn, cross-entropy
-# learns it by heart, to p = 1, and the limited loss stops at about 1/N. And where the answer stays uncertain, their optima
-# differ. For that, take the network away: let answer y be right with probability p_y (not section 1's p, a model's), and
-# nothing in the question tell more. A policy q over the answers then reaches pass@N = Σ_y p_y (1 - (1 - q_y)^N). Which q
-# is best, and where does each loss lead?
-# ==========================================================================================================
+# Why does each loss do what it does? Two things separate them. Where a problem has one label, cross-entropy learns it
+# by heart, to p = 1, and the limited loss lets go at about 1/N. And where the answer stays uncertain, their optima
+# differ. For that, take the network away: let answer y be right with probability p_y (not the p of section 1, which is
+# a model's), and let nothing in the question tell more. A policy q over the answers then reaches
+# pass@N = Σ_y p_y (1 - (1 - q_y)^N). Which q is best, and where does each loss lead?
 
 
 def optimal_policy(p, N):
@@ -625,22 +584,9 @@ def confident_pass_at_n(c, N, a, K):
     return a * pass_at_n(c, N) + (1 - a) * pass_at_n((1 - torch.as_tensor(c)) / (K - 1), N)
 
 
-def descend(logits, labels, loss, N, num_steps, learning_rate):
-    """Gradient descent on bare logits, softmax(logits) = q, a row for each problem or one row for all, as when they are
-    alike: (P, K) or (1, K). labels (P,): the answer that each problem's only example shows. Yields q at every step."""
-    for _ in range(num_steps):
-        yield F.softmax(logits, dim=-1)
-        logits = logits.detach().requires_grad_()
-        log_p = F.log_softmax(logits, dim=-1).expand(len(labels), -1).gather(1, labels[:, None])[:, 0]
-        gradient, = torch.autograd.grad(LOSSES[loss](log_p, N), logits)
-        logits = logits.detach() - learning_rate * gradient * len(logits)
-
-
-# ==========================================================================================================
-# 7. Tables and figures
+# ==== 7. Tables and figures ===============================================================================
 #
 # All from the saved runs; nothing here is needed to understand the rest.
-# ==========================================================================================================
 
 # Okabe and Ito's colours, which the colour-blind can tell apart.
 COLORS = {"cross-entropy": "#D55E00", "limited N=64": "#0072B2", "coverage N=64": "#009E73"}
@@ -648,17 +594,17 @@ MORE_COLORS = ["#CC79A7", "#E69F00", "#56B4E9", "#000000"]
 
 
 def load_runs(out, task_name):
-    """The task's finished runs in a folder, those of equal settings together: {label: [run, …]}, cross-entropy first."""
+    """The task's finished runs in a folder, those of equal settings together: {label: [run, …]}."""
     groups = defaultdict(list)
     for path in sorted(Path(out).glob(f"{task_name}-*-seed*.json")):
         try:
             run = json.loads(path.read_text())
             key = run["loss"], run["N"], label_of(run)
+            run["history"][-1]["tempered"]["1"], run["problems"]["confidence"], run["rivals"]
             if is_finished(run):
-                run["history"][-1]["tempered"]["1"], run["problems"]["confidence"], run["rivals"]
                 groups[key].append(run)
             else:
-                print(f"left out {path}: it stopped at epoch {run['history'][-1]['epoch']}, or still runs", file=sys.stderr)
+                print(f"left out {path}, which is unfinished: epoch {run['history'][-1]['epoch']}", file=sys.stderr)
         except (OSError, ValueError, LookupError, TypeError) as error:
             print(f"left out {path}, which is no run's file of this version ({error!r}); remove it", file=sys.stderr)
     return {key[-1]: groups[key] for key in sorted(groups)}
@@ -748,10 +694,9 @@ def draw(groups, N, path):
         curve = lambda split, key: np.array([[record[split][key] for record in history] for history in histories])
         by_T = np.stack([[[record["tempered"][T][f"pass@{N}"] for T in temperatures] for record in history]
                          for history in histories])  # (seeds, epochs, temperatures)
-        line(pass_1, epochs, curve("test", "pass@1"), color)
-        line(pass_N, epochs, curve("test", f"pass@{N}"), color)
-        line(confidence, epochs, curve("test", "confidence"), color)
-        line(confidence, epochs, curve("train", "confidence"), color, linestyle=":")
+        for axis, split, key in ((pass_1, "test", "pass@1"), (pass_N, "test", f"pass@{N}"),
+                                 (confidence, "test", "confidence"), (confidence, "train", "confidence")):
+            line(axis, epochs, curve(split, key), color, linestyle=":" if split == "train" else "-")
         values = np.concatenate([run["problems"]["confidence"] for run in runs])
         histogram.hist(values, bins=np.linspace(0, 1, 26), weights=np.full(len(values), 1 / len(values)),
                        histtype="step", linewidth=1.5, color=color)
@@ -761,7 +706,8 @@ def draw(groups, N, path):
         if label.startswith("cross-entropy") and label == [*groups][0]:
             best = [[best_epoch(run, N)[f"pass@{n}"] for n in measured] for run in runs]
             line(tries, measured, best, color, linestyle="--", label=f"{label}, best epoch")
-            line(temperature, [*map(float, temperatures)], by_T.max(axis=1), color, linestyle="--", marker="o", markersize=4)
+            line(temperature, [*map(float, temperatures)], by_T.max(axis=1), color, linestyle="--", marker="o",
+                 markersize=4)
             star = curve("test", f"pass@{N}").mean(axis=0).argmax()
             for axis, n in ((pass_1, 1), (pass_N, N)):
                 axis.plot(epochs[star], curve("test", f"pass@{n}").mean(axis=0)[star], "*", color=color, markersize=15,
@@ -794,9 +740,9 @@ def draw(groups, N, path):
 
 
 def theory(N, path):
-    """The demo: four panels in the order of the argument. Trains no network."""
+    """The demo: three panels in the order of the argument."""
     colors = dict(zip(COLUMNS, ["#000000", "#E69F00", "#0072B2", "#009E73"]))
-    figure, ((factor, ranked), (confidence, steps)) = plt.subplots(2, 2, figsize=(12, 8.6), layout="constrained")
+    figure, (factor, ranked, confidence) = plt.subplots(1, 3, figsize=(15, 4.6), layout="constrained")
     p = np.logspace(-5, 0, 400)[:-1]
     for n, color in colors.items():
         factor.plot(p, overconfidence_factor(torch.tensor(np.log(p)), n), color=color, label=f"N = {n}")
@@ -820,20 +766,11 @@ def theory(N, path):
     a, K = 0.1, 500  # the one-parameter picture's
     c = np.geomspace(1 / K, 1 - 1e-9, 1000)
     for n, color in colors.items():
-        best = optimal_policy([a] + [(1 - a) / (K - 1)] * (K - 1), n)[0]  # equal answers get equal q: the picture's own c
+        best = optimal_policy([a] + [(1 - a) / (K - 1)] * (K - 1), n)[0]  # it treats equal answers equally, as c does
         confidence.plot(c, confident_pass_at_n(c, n, a, K), color=color)
-        confidence.plot(best, confident_pass_at_n(best, n, a, K), "o", color=color, markeredgecolor="white", markersize=9)
-    confidence.set(title="(c) The best confidence (dots) falls as N grows (colours as in a)", xscale="log", xlim=(1 / K, 1.1),
-                   ylim=(0, 1.1), xlabel=f"confidence c in a favourite that is right with probability {a}", ylabel="pass@N")
-
-    labels = torch.from_numpy(np.random.default_rng(0).choice(len(p), size=50, p=p))  # 50 problems alike, a label each
-    for loss, name in (("ce", "cross-entropy"), ("limited", f"limited N={N}")):
-        path_of_q = descend(torch.zeros(len(labels), len(p)), labels, loss, N, 500, 1.0)
-        steps.plot([(pass_at_n(q, N) @ torch.from_numpy(p)).mean() for q in path_of_q], label=name,
-                   color=COLORS["cross-entropy" if loss == "ce" else "limited N=64"])
-    steps.set(title="(d) No network: bare logits, one sampled label a problem", xscale="symlog", ylim=(0, 1),
-              xlabel="step of gradient descent", ylabel=f"pass@{N} on fresh labels")
-    steps.legend(frameon=False, loc="lower left")
+        confidence.plot(best, confident_pass_at_n(best, n, a, K), "o", color=color, markeredgecolor="white")
+    confidence.set(title="(c) The best confidence (dot) falls as N grows", xscale="log", xlim=(1 / K, 1.1),
+                   ylim=(0, 1.1), xlabel=f"confidence c in an answer right with probability {a}", ylabel="pass@N")
     for axis in figure.axes:
         axis.spines[["top", "right"]].set_visible(False)
     present(figure, path)
@@ -849,9 +786,7 @@ def present(figure, path):
         display(Image(path))
 
 
-# ==========================================================================================================
-# 8. Command line
-# ==========================================================================================================
+# ==== 8. Command line =====================================================================================
 
 
 def parse_arguments(argv):
@@ -859,15 +794,14 @@ def parse_arguments(argv):
     parser.error = fail
     parser.add_argument("--task", choices=TASKS, default="multiply")
     parser.add_argument("--loss", choices=["both", "all", *LOSSES], default="both")
-    parser.add_argument("--N", type=number(int, 1, 1_000_000), help="tries: the limited loss trains for this pass@N; "
-                        "default: the task's own, in SETTINGS (64; --task prove: 4, for each step)")
-    for name, kind, low, meaning in (
-            ("epochs", int, 0, "default: the task's own"), ("weight-decay", float, 0, "AdamW's, default 0"),
-            ("traces", int, 1, "--task cot: sampled to estimate each p"),
-            ("interval", int, 1, "--task cot: epochs from one estimate to the next")):
-        parser.add_argument(f"--{name}", type=number(kind, low, 100_000), help=meaning)
-    parser.add_argument("--seed", type=number(int, 0, 1_000_000), default=0)
-    parser.add_argument("--seeds", type=number(int, 1, 1000), default=1, help="train this many seeds, from --seed on")
+    parser.add_argument("--N", type=int, help="tries: the limited loss trains for this pass@N; default: 64, and with "
+                        "--task prove 4, for each step")
+    parser.add_argument("--epochs", type=int, help="default: the task's own, in SETTINGS")
+    parser.add_argument("--weight-decay", type=float, help="AdamW's; default 0")
+    parser.add_argument("--traces", type=int, help="--task cot: sampled to estimate each p")
+    parser.add_argument("--interval", type=int, help="--task cot: epochs from one estimate to the next")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seeds", type=int, default=1, help="train this many seeds, from --seed on")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto")
     parser.add_argument("--out", type=Path, default="out", help="the folder for runs and figures")
     parser.add_argument("--math-dir", help="the MATH dataset's folder; without it, the datasets package fetches it")
@@ -875,30 +809,20 @@ def parse_arguments(argv):
                         help="train with N = 1, 8, 64 and 512 (--task prove: 1, 2, 4 and 8)")
     parser.add_argument("--theory", action="store_true", help="train nothing: draw why each loss does what it does")
     args = parser.parse_args(argv)
+    lowest = {"N": 1, "epochs": 0, "weight_decay": 0, "traces": 1, "interval": 1, "seed": 0, "seeds": 1}
+    for name, low in lowest.items():
+        value = getattr(args, name)
+        if value is not None and not low <= value <= 1_000_000:
+            fail(f"--{name.replace('_', '-')} {value}: give a number from {low} to 1,000,000")
     args.changes = {name: getattr(args, name) for name in ("epochs", "weight_decay", "traces", "interval")
                     if getattr(args, name) is not None}
     for name in args.changes.keys() - SETTINGS[args.task].keys():
         fail(f"--{name} is no setting of --task {args.task}; leave it out")
-    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    if args.device == "auto":
-        args.device = next(device for device in available if available[device])
-    if not available[args.device]:
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    args.device = next(filter(there.get, there)) if args.device == "auto" else args.device
+    if not there[args.device]:
         fail(f"--device {args.device}: this machine has none that PyTorch can use; try --device auto")
     return args
-
-
-def number(kind, low, high):
-    """A check for argparse: the text as a number of a kind, from low to high."""
-    def check(text):
-        try:
-            value = kind(text)
-        except ValueError:
-            value = low - 1
-        if not low <= value <= high:
-            name = "whole number" if kind is int else "number"
-            raise argparse.ArgumentTypeError(f"{text[:20]!r} is not a {name} from {low} to {high:,}")
-        return value
-    return check
 
 
 def fail(message):
@@ -907,19 +831,19 @@ def fail(message):
 
 
 def build(args, seed):
-    """The task, and the (loss, N) to train it with."""
+    """The task, the (loss, N) to train it with, and the number of tries to show."""
     try:
         task = TASKS[args.task](seed, *[args.math_dir] * (args.task == "math"))
     except (OSError, ValueError) as error:
         fail(error)
     kind, N = KINDS[task.kind], args.N or SETTINGS[task.name]["N"]
-    if args.loss in kind.unusable:
+    losses = {"both": ["ce", "limited"], "all": kind.losses or LOSSES}.get(args.loss, [args.loss])
+    if kind.losses and args.loss in LOSSES.keys() - kind.losses:
         fail(f"--loss {args.loss} needs p itself, which --task {task.name} only estimates: use --loss ce or limited")
-    losses = {"both": ["ce", "limited"], "all": [loss for loss in LOSSES if loss not in kind.unusable]}
-    plan = [(loss, N) for loss in losses.get(args.loss, [args.loss])]
+    plan = [(loss, N) for loss in losses]
     if args.frontier:
         plan = [("ce" if N == 1 else "limited", N) for N in kind.frontier]
-    return task, plan, kind.goal(N)
+    return task, plan, kind.goal or N
 
 
 def main(argv=None):
@@ -936,8 +860,7 @@ def main(argv=None):
                 task, plan, goal = build(args, seed)
                 for loss, N in plan:
                     run, _ = train(task, loss, N, seed, args.device, args.out, **args.changes)
-                    print(f"{label_of(run)}, seed {seed}: {run['history'][-1]['seconds']:.0f} s, "
-                          f"{run['tokens_per_second']:,} training tokens per second, saved in {args.out / path_of(run)}")
+                    print(f"{run['history'][-1]['seconds']:.0f} s, saved in {args.out / path_of(run)}")
         except KeyboardInterrupt:
             status = 130
             print(f"\nInterrupted; what was measured until then is kept in {args.out}", file=sys.stderr)
@@ -950,7 +873,7 @@ def main(argv=None):
             draw(groups, N, args.out / f"{args.task}{'-frontier' * args.frontier}.png")
             print(run["example"])
     except OSError as error:
-        fail(f"cannot write to --out {args.out} ({error.strerror}): give a folder that you may write to, with room in it; "
+        fail(f"cannot write to --out {args.out} ({error.strerror}): give a folder with room that you may write to; "
              f"what was saved before is kept")
     return status
 

@@ -181,6 +181,7 @@ class ProofTable(NamedTuple):
     applicable: torch.Tensor  # (S, vocabulary): the tactics that apply
     left: torch.Tensor  # (S, vocabulary, 2): the rows that each of them leaves to prove, or PROVED, or DEAD_END
     theorems: torch.Tensor  # (P,) the theorems' rows
+    reach: list  # of each theorem, the rows of all states that attempts at it can come to
     length: torch.Tensor  # (P,) the number of tactics in the shortest proof
     branching: torch.Tensor  # (P,) how many tactics apply along it, on average
     blind: torch.Tensor  # (P,) the probability that one attempt of blind search proves the theorem
@@ -200,6 +201,15 @@ def proof_p(policy, table, failure=0.0):
     for _ in range(MAX_DEPTH):
         p = (policy * torch.cat([p, ends])[table.left].prod(dim=-1)).sum(dim=-1)
     return p[table.theorems]
+
+
+def part_of(table, numbers):
+    """The part of a table that some of its theorems, given by their numbers, need for `proof_p`."""
+    rows = torch.tensor(sorted(set().union(*(table.reach[i] for i in numbers if i < len(table.reach)))))
+    place = torch.full((len(table.prompts) + 2,), DEAD_END)
+    place[PROVED], place[rows] = PROVED, torch.arange(len(rows))
+    return table._replace(prompts=table.prompts[rows], applicable=table.applicable[rows], left=place[table.left[rows]],
+                          theorems=place[table.theorems[[i for i in numbers if i < len(table.reach)]]])
 
 
 def attempt_proof(policy, table, row, generator=None, depth=MAX_DEPTH):
@@ -222,7 +232,8 @@ def show_proof(policy, table):
     """The first theorem that is proved within 64 attempts, and the proof, as text: each line a goal and the tactic used
     on it; what the tactic leaves to prove stands below, indented."""
     generator = torch.Generator().manual_seed(0)
-    attempts = ((n, attempt_proof(policy, table, row, generator)) for row in table.theorems.tolist() for n in range(1, 65))
+    attempts = ((n, attempt_proof(policy, table, row, generator))
+                for row in table.theorems.tolist() for n in range(1, 65))
     n, proof = next(filter(lambda attempt: attempt[1], attempts), (0, None))
     if proof is None:
         return ""
@@ -242,9 +253,21 @@ def show_proof(policy, table):
 
 
 def prove(seed=0, num_train=300, num_test=300):
-    """Theorems (eight random hypotheses and a goal) that can be proved, but hardly by blind search. A training example
-    is a state of a theorem's shortest proof and the tactic used there. No theorem is another one with its atoms renamed
-    or its hypotheses in another order."""
+    """Theorems, and of the training ones a shortest proof: an example is a state of it and the tactic used there."""
+    train, test = draw_theorems(seed, num_train, num_test)
+    return Task("prove", "steps", PROVE_VOCAB, MAX_PROMPT + 1, proof_steps(train), proof_table(test),
+                train_table=proof_table(train[:100]))
+
+
+def search(seed=0, num_train=300, num_test=300):
+    """The theorems of `prove`, and no proofs: an example is a theorem, with all that attempts at it can come to."""
+    train, test = map(proof_table, draw_theorems(seed, num_train, num_test))
+    return Task("search", "searches", PROVE_VOCAB, MAX_PROMPT + 1, train, test, train_table=part_of(train, range(100)))
+
+
+def draw_theorems(seed, num_train, num_test):
+    """Theorems (eight random hypotheses and a goal) that can be proved, but hardly by blind search. None is another one
+    with its atoms renamed or its hypotheses in another order."""
     random, theorems = Random(seed), {}
     with tqdm(total=num_train + num_test, desc="drawing theorems", leave=False) as bar:
         while len(theorems) < num_train + num_test:
@@ -253,9 +276,7 @@ def prove(seed=0, num_train=300, num_test=300):
             if length < inf and blind <= MAX_BLIND and max(len(spell(s)) for s in reachable(theorem)) <= MAX_PROMPT:
                 theorems.setdefault(fingerprint(theorem), theorem)
                 bar.update(len(theorems) - bar.n)
-    train, test = [*theorems.values()][:num_train], [*theorems.values()][num_train:]
-    return Task("prove", "steps", PROVE_VOCAB, MAX_PROMPT + 1, proof_steps(train), proof_table(test),
-                train_table=proof_table(train[:100]))
+    return [*theorems.values()][:num_train], [*theorems.values()][num_train:]
 
 
 def random_theorem(random):
@@ -314,7 +335,8 @@ def applicable_tactics(states):
 
 def proof_table(theorems):
     """The `ProofTable` of some theorems."""
-    states = [*dict.fromkeys(state for theorem in theorems for state in reachable(theorem))]
+    reach = [reachable(theorem) for theorem in theorems]
+    states = [*dict.fromkeys(state for own in reach for state in own)]
     row = {state: i for i, state in enumerate(states)}
     left = torch.full((len(states), len(PROVE_VOCAB), 2), PROVED)
     for state in states:
@@ -325,8 +347,8 @@ def proof_table(theorems):
     branching = [sum(len(tactics(state)) for state, _ in proof) / len(proof) for proof in proofs]
     blind = [prospect(theorem)[2] for theorem in theorems]
     return ProofTable(states, read(states), applicable_tactics(states), left,
-                      torch.tensor([row[theorem] for theorem in theorems]), torch.tensor([*map(len, proofs)]),
-                      torch.tensor(branching), torch.tensor(blind, dtype=torch.float64))
+                      torch.tensor([row[theorem] for theorem in theorems]), [[row[s] for s in own] for own in reach],
+                      torch.tensor([*map(len, proofs)]), torch.tensor(branching), torch.tensor(blind, dtype=torch.float64))
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -370,8 +392,8 @@ def math_questions(seed=0, math_dir=None):
     answer_counts = Counter(answer for _, answer in problems["train"])
     place = {answer: i for i, answer in enumerate(answer_counts)}
     guesses = torch.tensor(list(answer_counts.values()), dtype=torch.float64)
-    return Task("math", "answers", vocab, MAX_QUESTION + 5, as_tokens("train"), as_tokens("test"), guesses / guesses.sum(),
-                torch.tensor([place.get(answer, -1) for _, answer in problems["test"]]))
+    return Task("math", "answers", vocab, MAX_QUESTION + 5, as_tokens("train"), as_tokens("test"),
+                guesses / guesses.sum(), torch.tensor([place.get(answer, -1) for _, answer in problems["test"]]))
 
 
 def words(text):
@@ -457,4 +479,4 @@ def encode(texts, vocab):
     return torch.tensor([[token[piece] for piece in text] for text in texts])
 
 
-TASKS = {"multiply": multiply, "cot": cot, "prove": prove, "math": math_questions}
+TASKS = {"multiply": multiply, "cot": cot, "prove": prove, "search": search, "math": math_questions}
