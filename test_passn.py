@@ -1,5 +1,6 @@
 """Tests against trusted references: exact arithmetic, brute force, sampling, and the effect itself in miniature."""
 
+import ast
 import csv
 import functools
 import itertools
@@ -15,6 +16,8 @@ from collections import Counter
 from decimal import Decimal, localcontext
 from fractions import Fraction
 from pathlib import Path
+
+os.environ["OMP_NUM_THREADS"] = "1"  # read when PyTorch is loaded: more threads gain nothing here, and wait for others
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -186,7 +189,7 @@ def test_cached_and_last_logits_are_those_of_the_full_pass():
     full = model(tokens)
     assert full.shape == (5, 12, 7)
     torch.testing.assert_close(model(tokens, last=4), full[:, -4:], rtol=0, atol=1e-5)
-    cache = model.new_cache(5, 12).fill_(torch.nan)  # a position read before it is written would show
+    cache = torch.full((3, 2, 5, 2, 12, 16), torch.nan)  # a position read before it is written would show
     steps = [model(tokens[:, :6], cache=cache)]
     steps += [model(tokens[:, i:i + 1], cache=cache, start=i) for i in range(6, 12)]
     torch.testing.assert_close(torch.cat(steps, dim=1), full, rtol=0, atol=1e-5)
@@ -311,7 +314,8 @@ def test_sampled_traces_agree_with_the_sum_over_all_traces(temperature):
 
 def test_from_samples_there_is_no_pass_at_more_tries_than_samples():
     half = torch.tensor([0.5, 0.0])
-    assert passn.summary(half, half, 4, [1, 2, 8]) == {"pass@1": 0.25, "pass@2": pytest.approx(5 / 12), "confidence": 0.25}
+    assert passn.summary(half, half, 4, [1, 2, 8]) == {"pass@1": 0.25, "confidence": 0.25,
+                                                       "pass@2": pytest.approx(5 / 12)}
 
 
 # ---- the tasks -------------------------------------------------------------------------------------------
@@ -477,7 +481,7 @@ def random_policy(table, logits):
 
 
 def test_the_gradient_of_p_is_that_of_the_sum_over_all_proofs():
-    """Of theorems with few enough proofs: every proof's probability as a product, by autograd; and finite differences."""
+    """Where they are few: every proof's probability as a product of choices, by autograd; and finite differences."""
     table, checked = TASKS["search"](5, 12, 1).train, 0
     torch.manual_seed(0)
     for number in range(12):
@@ -512,8 +516,8 @@ def test_p_is_the_same_from_a_part_of_the_table():
 
 
 def test_each_n_wins_at_its_own_budget_on_theorems_solved_by_hand():
-    """Goal c from a→c and b→c, and nine times in ten from a, else from b. One policy for all that chooses the first step
-    at random: with q for a→c, p is q nine times and 1 - q once. So N = 1 tends to q = 0.9, N = 8 to where theory says."""
+    """Goal c from a→c and b→c, and nine times in ten from a, else from b, which the policy cannot see: it chooses a→c
+    with probability q. So p is q nine times and 1 - q once: N = 1 tends to q = 0.9, N = 8 to where the theory says."""
     table = toy_tasks.proof_table([((("a", "c"), ("b", "c"), atom), "c") for atom in "ab"])
     often, reached = torch.tensor([0] * 9 + [1]), {}
     for N in (1, 8):
@@ -835,7 +839,8 @@ def test_a_run_on_proofs_has_their_shapes_and_the_steps_own_loss(tiny):
     task = TASKS["prove"](0)
     run, model = train(task, "limited", 4)
     problems, last = run["problems"], run["history"][-1]["test"]
-    assert {*problems} == {"p", "confidence", "length", "branching", "blind"} and {len(v) for v in problems.values()} == {6}
+    assert {*problems} == {"p", "confidence", "length", "branching", "blind"}
+    assert {len(values) for values in problems.values()} == {6}
     assert last["pass@512"] == pytest.approx(pass_at_n(problems["p"], 512).mean().item())
     x, y, applicable = task.train
     logits = model(x)[:, -1].masked_fill(~applicable, -torch.inf)
@@ -919,7 +924,7 @@ def test_main_draws_the_frontier(tiny, tmp_path, capsys):
 def test_main_on_math_shows_the_blind_guessers(tiny, tmp_path, math_dir, capsys):
     assert main(["--task", "math", "--math-dir", str(math_dir), "--loss", "all", "--out", str(tmp_path / "out")]) == 0
     rows = [line.rsplit(maxsplit=4) for line in capsys.readouterr().out.splitlines() if line.startswith("blind")]
-    policies = (lambda p, N: p, limited_policy, optimal_policy)
+    policies = (lambda p, N: p, optimal_policy, limited_policy)
     for row, policy in zip(rows, policies, strict=True):
         task = TASKS["math"](0, math_dir)
         assert row[1:] == [f"{passn.blind_pass_at_n(task, policy, N):.3f}" for N in (1, 8, 64, 512)]
@@ -1002,14 +1007,15 @@ def test_what_is_compared_has_the_same_settings(tiny, tmp_path, capsys):
     """Cross-entropy's row of another length is no rival for the ratios of the default one."""
     assert main(["--loss", "ce", "--epochs", "0", "--out", str(tmp_path)]) == 0
     assert main(["--out", str(tmp_path)]) == 0
-    runs = {path.name: json.loads(path.read_text())["history"][-1]["test"]["pass@64"] for path in tmp_path.glob("*.json")}
-    ratio = runs["multiply-limited-N64-seed0.json"] / runs["multiply-ce-N1-seed0.json"]
+    ends = [json.loads((tmp_path / f"multiply-{name}-seed0.json").read_text())["history"][-1]["test"]["pass@64"]
+            for name in ("limited-N64", "ce-N1")]
+    ratio = ends[0] / ends[1]
     assert f"{ratio:.2f} times cross-entropy's end" in capsys.readouterr().out
 
 
 def fake_runs(loss, pass_64, hot=0.0):
-    history = [{"test": {"pass@64": value}, "tempered": {"1": {"pass@64": value}, "2": {"pass@64": hot}}} for value in pass_64]
-    return [{"loss": loss, "history": history}]
+    return [{"loss": loss, "history": [{"test": {"pass@64": value}, "tempered": {
+        "1": {"pass@64": value}, "2": {"pass@64": hot}}} for value in pass_64]}]
 
 
 def test_the_sentences_say_what_the_numbers_say():
@@ -1017,8 +1023,8 @@ def test_the_sentences_say_what_the_numbers_say():
                            "cross-entropy, weight decay": fake_runs("ce", [0.1, 0.1, 0.1], 0.9),
                            "limited N=64": fake_runs("limited", [0.1, 0.7, 0.6])}, 64).splitlines()
     assert said == ["Cross-entropy's pass@64 is 0.800 in its best epoch and 0.400 at the end.",
-                    "limited N=64 ends at 0.600: 1.50 times cross-entropy's end, 0.75 times its best epoch, 0.75 times its "
-                    "best epoch and temperature, 0.67 times the best of all its rows."]
+                    "limited N=64 ends at 0.600: 1.50 times cross-entropy's end, 0.75 times its best epoch, 0.75 times "
+                    "its best epoch and temperature, 0.67 times the best of all its rows."]
 
 
 @pytest.mark.parametrize("content", ["{", "[]", "{}", '{"loss": "ce", "N": 1, "config": {"epochs": 2}, "history": []}'])
@@ -1064,7 +1070,7 @@ def refused(arguments, capsys):
 @pytest.mark.parametrize("arguments, hint", [
     (["--N", "0"], "from 1"), (["--N", "-3"], "from 1"), (["--N", "1.5"], "int value"), (["--N", "x"], "int value"),
     (["--N", "1" * 5000], "--N"), (["--loss", "x"], "limited"), (["--task", "x"], "multiply"),
-    (["--device", "x"], "auto"), (["--epochs", "-1"], "from 0"), (["--seeds", "0"], "from 1"), (["--nonsense"], "nonsense"),
+    (["--device", "x"], "auto"), (["--epochs", "-1"], "from 0"), (["--seeds", "0"], "from 1"), (["--nonsense"], "sense"),
     (["--weight-decay", "nan"], "from 0"), (["--weight-decay", "-1"], "from 0"), (["--traces", "8"], "--task multiply"),
     (["--task", "prove", "--interval", "1"], "--task prove"), (["--task", "cot", "--loss", "coverage"], "--loss ce"),
     (["--task", "cot", "--traces", "0"], "from 1"), (["--out", Path(__file__) / "x"], "folder"),
@@ -1119,17 +1125,31 @@ def test_cuda_learns_what_the_cpu_learns(name, tiny):
 # ---- the README ------------------------------------------------------------------------------------------
 
 ROOT = Path(passn.__file__).parent
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+TEXTS = {path: path.read_text(encoding="utf-8") for path in (ROOT / "README.md", ROOT / "exercises" / "README.md")}
+README = TEXTS[ROOT / "README.md"]
 
 
 def test_the_readmes_links_resolve():
-    prose = re.sub(r"```.*?```", "", README, flags=re.S)
-    headings = re.findall(r"^#+ (.*)", prose, re.M)
-    anchors = {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
-    links = [link for link in re.findall(r"\]\(([^)]+)\)", prose) if not link.startswith("http")]
-    assert any(link.startswith("#") for link in links) and "assets/multiply.png" in links
-    for link in links:
-        assert link[1:] in anchors if link.startswith("#") else (ROOT / link).is_file(), link
+    prose = {path: re.sub(r"```.*?```", "", text, flags=re.S) for path, text in TEXTS.items()}
+    anchors = {path: {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-")
+                      for heading in re.findall(r"^#+ (.*)", text, re.M)} for path, text in prose.items()}
+    links = [(path, link) for path, text in prose.items() for link in re.findall(r"\]\(([^)]+)\)", text)]
+    assert any("#" in link for _, link in links) and (ROOT / "README.md", "assets/multiply.png") in links
+    for path, link in links:
+        if not link.startswith("http"):
+            file, _, anchor = link.partition("#")
+            target = (path.parent / file).resolve() if file else path
+            assert target.is_file() and (not anchor or anchor in anchors[target]), (path, link)
+
+
+def test_the_exercises_commands_are_python():
+    """Each solution's Python can be read, and what it takes from passn.py is there."""
+    blocks = re.findall(r"<<'END'\n(.*?)\nEND\n", TEXTS[ROOT / "exercises" / "README.md"], re.S)
+    assert len(blocks) >= 12
+    for block in blocks:
+        for node in ast.walk(ast.parse(block)):
+            if isinstance(node, ast.ImportFrom) and node.module == "passn":
+                assert all(hasattr(passn, name.name) for name in node.names), block
 
 
 # What the README's lines for the Hugging Face Trainer leave to the reader: a model (a tiny Llama with random weights), and

@@ -345,10 +345,10 @@ def proof_table(theorems):
                 left[row[state], FIRST_TACTIC + tactic, i] = row.get(part, DEAD_END)
     proofs = [shortest_proof(theorem) for theorem in theorems]
     branching = [sum(len(tactics(state)) for state, _ in proof) / len(proof) for proof in proofs]
-    blind = [prospect(theorem)[2] for theorem in theorems]
+    blind = torch.tensor([prospect(theorem)[2] for theorem in theorems], dtype=torch.float64)
     return ProofTable(states, read(states), applicable_tactics(states), left,
                       torch.tensor([row[theorem] for theorem in theorems]), [[row[s] for s in own] for own in reach],
-                      torch.tensor([*map(len, proofs)]), torch.tensor(branching), torch.tensor(blind, dtype=torch.float64))
+                      torch.tensor([*map(len, proofs)]), torch.tensor(branching), blind)
 
 
 # ----------------------------------------------------------------------------------------------------------
