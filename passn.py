@@ -405,11 +405,11 @@ KINDS = {"answers": Answers, "traces": Traces, "steps": Steps, "searches": Searc
 # proofs are: there an eps far above the usual one lets small gradients make small steps.
 DEFAULTS = dict(N=64, evaluations=12, batch_size=50, weight_decay=0.0, eps=1e-8, n_layer=2, n_head=4, n_embd=64)
 SETTINGS = {
-    "multiply": DEFAULTS | dict(epochs=55, learning_rate=1e-3, batch_size=100, n_embd=128),
+    "multiply": DEFAULTS | dict(epochs=60, learning_rate=1e-3, batch_size=100, n_embd=128),
     "cot": DEFAULTS | dict(epochs=100, evaluations=10, learning_rate=3e-3, traces=32, interval=2),
     "prove": DEFAULTS | dict(epochs=40, learning_rate=3e-3, eps=1e-3, N=4),
     "search": DEFAULTS | dict(epochs=8, evaluations=4, learning_rate=3e-3, batch_size=10),
-    "math": DEFAULTS | dict(epochs=20, learning_rate=2e-3, n_embd=128),
+    "math": DEFAULTS | dict(epochs=8, learning_rate=2e-3, n_embd=128),
 }
 
 
@@ -754,7 +754,7 @@ def theory(N, path):
         ranked.plot(np.flatnonzero(q) + 1, q[q > 0], color=COLORS[loss], linestyle=style, label=name)
     ranked.axhline(1 / N, color="grey", linestyle=":")
     ranked.text(100, 1.08 / N, f"1/N = 1/{N}", color="grey", ha="right")
-    ranked.set(title=f"(b) Where the losses tend on an uncertain question, N = {N}", xscale="log", yscale="log",
+    ranked.set(title=f"(b) Where the losses tend if unsure, N = {N}", xscale="log", yscale="log",
                xlabel="answer, by rank", ylabel="probability q given to the answer")
     ranked.legend(loc="lower left")
 
@@ -762,10 +762,11 @@ def theory(N, path):
     c = np.geomspace(1 / K, 1 - 1e-9, 1000)
     for n, color in colors.items():
         best = optimal_policy([a] + [(1 - a) / (K - 1)] * (K - 1), n)[0]  # it treats equal answers equally, as c does
-        confidence.plot(c, confident_pass_at_n(c, n, a, K), color=color)
+        confidence.plot(c, confident_pass_at_n(c, n, a, K), color=color, label=f"N = {n}")
         confidence.plot(best, confident_pass_at_n(best, n, a, K), "o", color=color, markeredgecolor="white")
     confidence.set(title="(c) The best confidence (dot) falls as N grows", xscale="log", xlim=(1 / K, 1.1),
                    ylim=(0, 1.1), xlabel=f"confidence c in an answer right with probability {a}", ylabel="pass@N")
+    confidence.legend(loc="upper left")
     present(figure, path)
 
 

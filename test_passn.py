@@ -509,7 +509,7 @@ def test_p_is_the_same_from_a_part_of_the_table():
     logits = torch.randn(table.applicable.shape, dtype=torch.float64)
     p = toy_tasks.proof_p(random_policy(table, logits), table)
     for numbers in ([3], [7, 0, 7, 2], range(12)):
-        part = toy_tasks.part_of(table, [*numbers])
+        part = toy_tasks.part_of(table, numbers)
         rows = sorted(set().union(*(table.reach[i] for i in numbers)))
         assert torch.equal(part.prompts, table.prompts[rows])
         torch.testing.assert_close(toy_tasks.proof_p(random_policy(part, logits[rows]), part), p[[*numbers]])

@@ -205,11 +205,11 @@ def proof_p(policy, table, failure=0.0):
 
 def part_of(table, numbers):
     """The part of a table that some of its theorems, given by their numbers, need for `proof_p`."""
-    rows = torch.tensor(sorted(set().union(*(table.reach[i] for i in numbers if i < len(table.reach)))))
+    rows = torch.tensor(sorted(set().union(*(table.reach[i] for i in numbers))))
     place = torch.full((len(table.prompts) + 2,), DEAD_END)
     place[PROVED], place[rows] = PROVED, torch.arange(len(rows))
     return table._replace(prompts=table.prompts[rows], applicable=table.applicable[rows], left=place[table.left[rows]],
-                          theorems=place[table.theorems[[i for i in numbers if i < len(table.reach)]]])
+                          theorems=place[table.theorems[[*numbers]]])
 
 
 def attempt_proof(policy, table, row, generator=None, depth=MAX_DEPTH):
@@ -262,7 +262,8 @@ def prove(seed=0, num_train=300, num_test=300):
 def search(seed=0, num_train=300, num_test=300):
     """The theorems of `prove`, and no proofs: an example is a theorem, with all that attempts at it can come to."""
     train, test = map(proof_table, draw_theorems(seed, num_train, num_test))
-    return Task("search", "searches", PROVE_VOCAB, MAX_PROMPT + 1, train, test, train_table=part_of(train, range(100)))
+    return Task("search", "searches", PROVE_VOCAB, MAX_PROMPT + 1, train, test,
+                train_table=part_of(train, range(min(100, num_train))))
 
 
 def draw_theorems(seed, num_train, num_test):
