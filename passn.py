@@ -306,7 +306,7 @@ class Traces(Answers):
     approximate one: F(N, p̂) times that trace's cross-entropy, with `traces` traces sampled for each training problem,
     anew every `interval` epochs. With p̂ = 0, F is 1."""
     losses = ("ce", "limited")  # others are not F(N, p̂) times cross-entropy
-    samples = {1.0: 128, 1.3: 64, 1.6: 64}  # traces of each test problem, at each temperature
+    samples = {1.0: 128, 1.3: 64}  # traces of each test problem, at each temperature
 
     def new_epoch(self, model, epoch, loss, N):
         if epoch % self.settings["interval"] == 0:
@@ -333,11 +333,10 @@ class Traces(Answers):
         """A right trace for the first of some test problems that has one among 64 sampled ones."""
         x, y = (tensor[:50].to(self.train[0].device) for tensor in self.task.test)
         traces, right = right_traces(model, x, y, self.task, 64, 1.0, self.generator)
-        solved = right.any(dim=1)
-        if not solved.any():
-            return ""
-        tokens = torch.cat([x[solved][0], traces[solved][0][right[solved][0]][0]])
-        return "A test problem and a right trace: " + "".join(self.task.vocab[token] for token in tokens)
+        for problem, trace in right.nonzero()[:1]:
+            tokens = [*x[problem], *traces[problem, trace]]
+            return "A test problem and a right trace: " + "".join(self.task.vocab[token] for token in tokens)
+        return ""
 
 
 def right_traces(model, prompts, answers, task, num_samples, temperature, generator):
@@ -406,7 +405,7 @@ KINDS = {"answers": Answers, "traces": Traces, "steps": Steps, "searches": Searc
 DEFAULTS = dict(N=64, evaluations=12, batch_size=50, weight_decay=0.0, eps=1e-8, n_layer=2, n_head=4, n_embd=64)
 SETTINGS = {
     "multiply": DEFAULTS | dict(epochs=60, learning_rate=1e-3, batch_size=100, n_embd=128),
-    "cot": DEFAULTS | dict(epochs=100, evaluations=10, learning_rate=3e-3, traces=32, interval=2),
+    "cot": DEFAULTS | dict(epochs=80, evaluations=8, learning_rate=3e-3, traces=32, interval=2),
     "prove": DEFAULTS | dict(epochs=40, learning_rate=3e-3, eps=1e-3, N=4),
     "search": DEFAULTS | dict(epochs=8, evaluations=4, learning_rate=3e-3, batch_size=10),
     "math": DEFAULTS | dict(epochs=8, learning_rate=2e-3, n_embd=128),
@@ -658,10 +657,11 @@ def in_words(groups, N):
     stages = {label: np.mean([pass_at_stages(run, N) for run in runs], axis=0) for label, runs in groups.items()}
     rivals, sentences = [label for label in groups if label.startswith("cross-entropy")], []
     for label, (end, best, _) in stages.items():
+        rival = "cross-entropy" + label[len(label.split(",")[0]):]  # of the same settings
         if label in rivals[:1]:
             sentences.append(f"Cross-entropy's pass@{N} is {best:.3f} in its best epoch and {end:.3f} at the end.")
-        elif label not in rivals and rivals and stages[rivals[0]].all():
-            versus = zip(("cross-entropy's end", "its best epoch", "its best epoch and temperature"), stages[rivals[0]])
+        elif label not in rivals and rival in stages and stages[rival].all():
+            versus = zip(("cross-entropy's end", "its best epoch", "its best epoch and temperature"), stages[rival])
             versus = [f"{end / value:.2f} times {name}" for name, value in versus]
             if len(rivals) > 1:
                 versus.append(f"{end / max(stages[rival][2] for rival in rivals):.2f} times the best of all its rows")
@@ -697,8 +697,7 @@ def draw(groups, N, path):
         values = np.concatenate([run["problems"]["confidence"] for run in runs])
         histogram.hist(values, bins=np.linspace(0, 1, 26), weights=np.full(len(values), 1 / len(values)),
                        histtype="step", linewidth=1.5, color=color)
-        ends = [[history[-1]["test"][f"pass@{n}"] for n in measured] for history in histories]
-        line(tries, measured, ends, color, label=label)
+        line(tries, measured, np.stack([curve("test", f"pass@{n}")[:, -1] for n in measured], axis=1), color, label=label)
         line(temperature, [*map(float, temperatures)], by_T[:, -1], color, marker="o", markersize=4)
         if label.startswith("cross-entropy") and label == [*groups][0]:
             best = [[best_epoch(run, N)[f"pass@{n}"] for n in measured] for run in runs]

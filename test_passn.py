@@ -1021,7 +1021,8 @@ def fake_runs(loss, pass_64, hot=0.0):
 def test_the_sentences_say_what_the_numbers_say():
     said = passn.in_words({"cross-entropy": fake_runs("ce", [0.1, 0.8, 0.4]),
                            "cross-entropy, weight decay": fake_runs("ce", [0.1, 0.1, 0.1], 0.9),
-                           "limited N=64": fake_runs("limited", [0.1, 0.7, 0.6])}, 64).splitlines()
+                           "limited N=64": fake_runs("limited", [0.1, 0.7, 0.6]),
+                           "limited N=64, epochs=3": fake_runs("limited", [0.1, 0.7, 0.6])}, 64).splitlines()
     assert said == ["Cross-entropy's pass@64 is 0.800 in its best epoch and 0.400 at the end.",
                     "limited N=64 ends at 0.600: 1.50 times cross-entropy's end, 0.75 times its best epoch, 0.75 times "
                     "its best epoch and temperature, 0.67 times the best of all its rows."]
