@@ -645,11 +645,11 @@ def print_table(groups, N):
     rows |= {name: [[rival[column] for column in columns[:-1]] for rival in seeds]
              for name, seeds in rivals_of(groups).items()}
     width = max(map(len, rows))
-    print(" " * width + "".join(f"{column:>15}" for column in [*columns, "best epoch", "and best T"]))
+    print(" " * width + "".join(f"{column:>13}" for column in [*columns, "best epoch", "and best T"]))
     for label, values in rows.items():
-        cells = [f"{mean:.3f} ± {error:.3f}" if len(values) > 1 else f"{mean:.3f}"
+        cells = [f"{mean:.3f}±{error:.3f}" if len(values) > 1 else f"{mean:.3f}"
                  for mean, error in zip(*mean_and_error(values))]
-        print(f"{label:{width}}" + "".join(f"{cell:>15}" for cell in cells))
+        print(f"{label:{width}}" + "".join(f"{cell:>13}" for cell in cells))
 
 
 def in_words(groups, N):
