@@ -1173,6 +1173,9 @@ transformers.TrainingArguments.__init__ = functools.partialmethod(transformers.T
 AFTER_TRAINER = """
 if os.environ.get("RANK", "0") == "0":
     torch.save((texts, start, model.state_dict()), sys.argv[2])
+if torch.distributed.is_initialized():  # else who ends first may abort the other
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
 """
 
 
