@@ -10,6 +10,7 @@ top to bottom, or run it:
 """
 
 import argparse
+import copy
 import functools
 import json
 import math
@@ -28,7 +29,7 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
-from toy_tasks import END, PAD, TASKS, part_of, proof_p, show_proof
+from toy_tasks import END, NO_TOKEN, PAD, TASKS, language_model, part_of, proof_p, show_proof
 
 # ==== 1. pass@N ===========================================================================================
 #
@@ -235,19 +236,39 @@ class Answers:
     frontier = COLUMNS  # the N that --frontier trains with
     goal = None  # the number of tries in the test that training aims at, where that is not N
     shapes = ()  # what else is known of each test problem, for the run's file
+    pad, piece, every = PAD, 1000, 1  # behind answers; measured at once; of every so manieth test problem the confidence
 
     def __init__(self, task, settings, seed, device):
-        self.task, self.settings, self.size = task, settings, len(task.train[0])  # the number of training examples
-        self.train = [tensor.to(device) for tensor in task.train]
+        self.task, self.settings, self.device = task, settings, device
+        self.size = len(task.train[0])  # the number of training examples
+        self.shown = torch.arange(self.size)[:500]  # those of them that are measured
         self.generator = torch.Generator(device).manual_seed(seed)
+
+    def new_model(self):
+        s = self.settings
+        return GPT(len(self.task.vocab), self.task.length, s["n_layer"], s["n_head"], s["n_embd"])
+
+    def batches(self, generator):
+        """An epoch's batches: the numbers of all training examples in a random order, batch_size at a time."""
+        return torch.randperm(self.size, generator=generator).split(self.settings["batch_size"])
 
     def new_epoch(self, model, epoch, loss, N):
         """What must be done before an epoch."""
 
+    def right(self, model, split, problems):
+        """The right answers (B, A) of problems, given by their numbers, and the logits that predict their tokens."""
+        x, y, *allowed = (tensor[problems].to(self.device) for tensor in getattr(self.task, split))
+        return answer_logits(model, x, y, *allowed), y
+
+    def greedy(self, model, split, problems):
+        """The model's own greedy answers to problems (B, A), and the logits that predict their tokens."""
+        x, y = (tensor[problems].to(self.device) for tensor in getattr(self.task, split))
+        y = until_end(sample(model, x, y.shape[1], temperature=0), END, self.pad)
+        return answer_logits(model, x, y), y
+
     def log_p(self, model, batch):
         """log p of a batch (B,) of numbers of training examples: (B,), to be differentiated."""
-        x, y, *allowed = (tensor[batch] for tensor in self.train)
-        return answer_log_p(answer_logits(model, x, y, *allowed), y)
+        return answer_log_p(*self.right(model, "train", batch), pad=self.pad)
 
     def objective(self, model, batch, loss, N):
         """The number that training minimizes."""
@@ -258,14 +279,12 @@ class Answers:
         """{temperature: (p, confidence, number of samples)} of the test problems, or (split "train") of some training
         problems. p and confidence: (P,) float64 on the CPU, the probability that a sample is right, and that it is the
         model's own greedy answer; exact, and the number None, or the shares among that number of samples."""
-        x, y = [tensor[:500] for tensor in self.train] if split == "train" else self.task.test
-        x, y = x.to(self.train[0].device), y.to(self.train[0].device)
-        greedy = sample(model, x, y.shape[1], temperature=0)
-        is_end = greedy == END
-        greedy[is_end.cumsum(dim=1) - is_end.long() > 0] = PAD  # behind the end, whatever was sampled is no answer
-        logits, greedy_logits = answer_logits(model, x, y), answer_logits(model, x, greedy)
-        return {T: (answer_log_p(logits, y, T).cpu().double().exp(),
-                    answer_log_p(greedy_logits, greedy, T).cpu().double().exp(), None) for T in temperatures}
+        problems, values = self.shown if split == "train" else torch.arange(len(self.task.test[0])), []
+        for answers, some in ((self.right, problems), (self.greedy, problems[::self.every if split == "test" else 1])):
+            log_p = [[answer_log_p(logits, y, T, self.pad) for T in temperatures]
+                     for logits, y in (answers(model, split, piece) for piece in some.split(self.piece))]
+            values.append([torch.cat(parts).cpu().double().exp() for parts in zip(*log_p)])
+        return {T: (*both, None) for T, *both in zip(temperatures, *values)}
 
     def rivals(self):
         """{name: N -> pass@N} of rivals that learn nothing of the single problem: here, guessers who never read the
@@ -286,16 +305,104 @@ def answer_logits(model, prompts, answers, allowed=None):
     return logits if allowed is None else logits.masked_fill(~allowed[:, None], -torch.inf)
 
 
-def answer_log_p(logits, answers, temperature=1.0):
+def answer_log_p(logits, answers, temperature=1.0, pad=PAD):
     """log p(y|x) = Σ_t log p(y_t | x, y_<t): (B,), from `answer_logits`. Padding behind the answers counts nothing."""
-    return -F.cross_entropy((logits / temperature).transpose(1, 2), answers, ignore_index=PAD,
-                            reduction="none").sum(dim=1)
+    logits = logits if temperature == 1 else logits / temperature
+    return -F.cross_entropy(logits.flatten(0, 1), answers.flatten(), ignore_index=pad,
+                            reduction="none").view(answers.shape).sum(dim=1)
+
+
+def until_end(sampled, end, pad):
+    """Sampled tokens (B, A), padded behind the first end: what comes there is no answer any more."""
+    is_end = sampled == end
+    return sampled.masked_fill(is_end.cumsum(dim=1) - is_end.long() > 0, pad)
 
 
 def blind_pass_at_n(task, policy, N):
     """The test set's pass@N of a guesser who samples from policy(p, N), p the answers' frequencies in training."""
     q = torch.as_tensor(policy(task.guesses.numpy(), N))
     return pass_at_n(torch.where(task.test_guess >= 0, q[task.test_guess], 0.0), N).mean().item()
+
+
+class Pretrained(Answers):
+    """Answers of a language model that has read before, in its own tokens. A question is read once, by the model as it
+    came, and what its layers keep of it for later tokens, keys and values, is stored. Trained are the upper `n_layer`
+    layers, where they write the answer: so a step costs the answers' few tokens. Problems come in the order of their
+    length, and a batch's questions are of about equal length, for they are padded in front."""
+    pad, piece, every = NO_TOKEN, 50, 5
+
+    def __init__(self, task, settings, seed, device):
+        self.task, self.settings, self.device, self.size = task, settings, device, len(task.train[0])
+        self.shown, self.read, self.prompt_caches = torch.arange(self.size)[::max(1, self.size // 100)], {}, {}
+        for split, (prompts, y) in (("train", task.train), ("test", task.test)):
+            texts = tuple(x + tuple(answer) for x, answer in zip(prompts, y[:, :-1].clamp(min=0).tolist()))
+            self.read[split] = read(task.model, settings["n_layer"], device, texts, y.shape[1])
+
+    def new_model(self):
+        model = copy.deepcopy(language_model(self.task.model)[0]).requires_grad_(False)
+        model.model.layers[-self.settings["n_layer"]:].float().requires_grad_(True)
+        return model
+
+    def batches(self, generator):
+        order = torch.arange(self.size) + 0.1 * self.size * torch.rand(self.size, generator=generator)
+        batches = order.argsort().split(self.settings["batch_size"])
+        return [batches[i] for i in torch.randperm(len(batches), generator=generator)]
+
+    def right(self, model, split, problems):
+        from transformers import DynamicCache
+        y = getattr(self.task, split)[1][problems].to(self.device)
+        states, kept = zip(*(self.read[split][i] for i in problems))
+        lengths, x = torch.tensor([k.shape[-2] for k in kept], device=y.device)[:, None], torch.stack(states).float()
+        T, places = lengths.max().item(), torch.arange(y.shape[1], device=y.device)
+        keys_at = torch.arange(-T, y.shape[1], device=y.device)
+        unseen = (keys_at < -lengths)[:, None, None] | (keys_at > places[:, None])  # (B, 1, A, T + A): padding, the future
+        mask = torch.where(unseen, -torch.inf, 0.0)
+        with mixed_precision(model):
+            cache, rotary = DynamicCache(), model.model.rotary_emb(x, lengths + places)
+            kept = torch.stack([F.pad(k, (0, 0, T - k.shape[-2], 0)) for k in kept], dim=2).to(model.dtype)
+            for layer, (keys, values) in zip(model.model.layers[-len(kept):], kept):
+                cache.update(keys, values, layer.self_attn.layer_idx)
+                x = layer(x, attention_mask=mask, position_embeddings=rotary, past_key_values=cache)
+            return model.lm_head(model.model.norm(x)).float(), y
+
+    def greedy(self, model, split, problems):  # in transformers' own loop
+        (prompts, y), (original, tokenizer) = getattr(self.task, split), language_model(self.task.model)
+        x = [torch.tensor(prompts[i], device=self.device) for i in problems]
+        x = nn.utils.rnn.pad_sequence(x, batch_first=True, padding_value=NO_TOKEN, padding_side="left")
+        mask, end, key = (x != NO_TOKEN).long(), tokenizer.eos_token_id, (split, problems[0].item())
+        with mixed_precision(model):
+            if key not in self.prompt_caches:  # of all but a prompt's last token
+                positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
+                out = original.model(x[:, :-1].clamp(min=0), mask[:, :-1], positions[:, :-1])
+                self.prompt_caches[key] = out.past_key_values
+            out = model.generate(x.clamp(min=0), attention_mask=mask, do_sample=False, max_new_tokens=y.shape[1],
+                                 past_key_values=copy.deepcopy(self.prompt_caches[key]), eos_token_id=end,
+                                 pad_token_id=end, output_logits=True, return_dict_in_generate=True)
+        return torch.stack(out.logits, dim=1).float(), until_end(out.sequences[:, x.shape[1]:], end, NO_TOKEN)
+
+
+@functools.lru_cache(2)  # of the training problems and the test's: the same for every loss and seed
+@torch.no_grad()
+def read(name, num_trained, device, texts, A):
+    """What a language model, as it came, makes of texts whose last A places are the answer's: there the states before
+    its last num_trained layers, (A, C), and before that place these layers' keys and values, (num_trained, 2, heads, T,
+    head size); in bfloat16."""
+    model, result = language_model(name)[0].to(device), []
+    for i in tqdm(range(0, len(texts), 32), desc="reading the questions, once"):
+        tokens = [torch.tensor(text, device=device) for text in texts[i:i + 32]]
+        with mixed_precision(model):
+            out = model.model(nn.utils.rnn.pad_sequence(tokens, batch_first=True), output_hidden_states=True)
+        for row, text in enumerate(tokens):
+            kept = [torch.stack([layer.keys[row, :, :len(text) - A], layer.values[row, :, :len(text) - A]])
+                    for layer in out.past_key_values.layers[-num_trained:]]
+            states = out.hidden_states[-1 - len(kept)][row, len(text) - A:len(text)].clone()
+            result.append((states.bfloat16(), torch.stack(kept).bfloat16()))
+    return result
+
+
+def mixed_precision(model):
+    """A model that was loaded in bfloat16 computes in it; the trained layers' weights and the loss stay in float32."""
+    return torch.autocast(model.device.type, torch.bfloat16, enabled=model.dtype == torch.bfloat16)
 
 
 class Traces(Answers):
@@ -310,17 +417,17 @@ class Traces(Answers):
 
     def new_epoch(self, model, epoch, loss, N):
         if epoch % self.settings["interval"] == 0:
-            self.weights = torch.ones(len(self.train[0]), device=self.train[0].device)
+            self.weights = torch.ones(self.size, device=self.device)
             if loss != "ce":
-                _, right = right_traces(model, *self.train, self.task, self.settings["traces"], 1.0, self.generator)
+                x, y = (tensor.to(self.device) for tensor in self.task.train)
+                _, right = right_traces(model, x, y, self.task, self.settings["traces"], 1.0, self.generator)
                 self.weights = overconfidence_factor(right.float().mean(dim=1).log(), N)
 
     def objective(self, model, batch, loss, N):
         return LOSSES["ce"](self.weights[batch] * self.log_p(model, batch), N)
 
     def measure(self, model, split, temperatures):
-        x, y = [tensor[:100] for tensor in self.train] if split == "train" else self.task.test
-        x, y = x.to(self.train[0].device), y.to(self.train[0].device)
+        x, y = (tensor[:100 if split == "train" else None].to(self.device) for tensor in getattr(self.task, split))
         greedy = sample(model, x, y.shape[1], temperature=0)[:, None, -self.task.final:]
         generator, result = torch.Generator(x.device).manual_seed(0), {}  # the same luck for every model
         for T in filter(self.samples.get, temperatures):
@@ -331,7 +438,7 @@ class Traces(Answers):
 
     def example(self, model):
         """A right trace for the first of some test problems that has one among 64 sampled ones."""
-        x, y = (tensor[:50].to(self.train[0].device) for tensor in self.task.test)
+        x, y = (tensor[:50].to(self.device) for tensor in self.task.test)
         traces, right = right_traces(model, x, y, self.task, 64, 1.0, self.generator)
         for problem, trace in right.nonzero()[:1]:
             tokens = [*x[problem], *traces[problem, trace]]
@@ -379,7 +486,8 @@ class Searches(Steps):
     frontier, goal = COLUMNS, None
 
     def __init__(self, task, settings, seed, device):
-        self.task, self.size = task, len(task.train.theorems)
+        self.task, self.settings, self.size = task, settings, len(task.train.theorems)
+        self.shown = torch.arange(self.size)
 
     def log_p(self, model, batch):
         table = part_of(self.task.train, batch.tolist())
@@ -393,7 +501,7 @@ def tactic_logits(model, table):
     return logits.cpu().double().masked_fill(~table.applicable, -torch.inf)
 
 
-KINDS = {"answers": Answers, "traces": Traces, "steps": Steps, "searches": Searches}
+KINDS = {"answers": Answers, "pretrained": Pretrained, "traces": Traces, "steps": Steps, "searches": Searches}
 
 # ==== 5. Training =========================================================================================
 #
@@ -409,6 +517,8 @@ SETTINGS = {
     "prove": DEFAULTS | dict(epochs=40, learning_rate=3e-3, eps=1e-3, N=4),
     "search": DEFAULTS | dict(epochs=8, evaluations=4, learning_rate=3e-3, batch_size=10),
     "math": DEFAULTS | dict(epochs=8, learning_rate=2e-3, n_embd=128),
+    "math-lm": dict(model="SmolLM2-135M-Instruct.Q4_1.gguf", N=64, epochs=8, evaluations=8, batch_size=32,
+                    learning_rate=5e-4, weight_decay=0.0, eps=1e-8, n_layer=10),
 }
 
 
@@ -418,12 +528,12 @@ def train(task, loss="limited", N=None, seed=0, device="cpu", out=None, **change
     With loss "ce" the training N is 1, and the N that is given only another pass@N that is measured. Where a folder
     `out` is given the run is saved there after every evaluation. `changes` are to the task's `SETTINGS`: epochs=10."""
     settings = SETTINGS[task.name] | changes
-    goal, epochs, batch_size = N or settings["N"], settings["epochs"], settings["batch_size"]
+    goal, epochs = N or settings["N"], settings["epochs"]
     N, tries = 1 if loss == "ce" else goal, sorted({*TRIES, goal})
     torch.manual_seed(seed)  # the same first weights and the same order of examples for every loss
-    model = GPT(len(task.vocab), task.length, settings["n_layer"], settings["n_head"], settings["n_embd"]).to(device)
     order, kind = torch.Generator().manual_seed(seed), KINDS[task.kind](task, settings, seed, device)
-    num_steps = epochs * math.ceil(kind.size / batch_size) or 1
+    model = kind.new_model().to(device)
+    num_steps = epochs * math.ceil(kind.size / settings["batch_size"]) or 1
     optimizer = torch.optim.AdamW(model.parameters(), lr=settings["learning_rate"], betas=(0.9, 0.99),
                                   eps=settings["eps"], weight_decay=settings["weight_decay"], fused=True)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step:  # up over 5 %, then a cosine down to 0.1
@@ -438,7 +548,7 @@ def train(task, loss="limited", N=None, seed=0, device="cpu", out=None, **change
             kind.new_epoch(model, epoch, loss, N)
             if epoch == epochs or epoch % math.ceil(epochs / settings["evaluations"]) == 0:
                 with torch.no_grad():
-                    value = kind.objective(model, torch.arange(min(500, kind.size), device=device), loss, N).item()
+                    value = kind.objective(model, kind.shown, loss, N).item()
                 measured = kind.measure(model, "test", TEMPERATURES)
                 tempered = {f"{T:g}": summary(*values, tries) for T, values in measured.items()}
                 run["history"].append({"epoch": epoch, "loss": value, "seconds": round(time.perf_counter() - start, 2),
@@ -454,7 +564,7 @@ def train(task, loss="limited", N=None, seed=0, device="cpu", out=None, **change
                     f"{key} {tempered['1'][key]:.3f}" for key in shown if key in tempered["1"]))
             if epoch == epochs:
                 break
-            for batch in torch.randperm(kind.size, generator=order).to(device).split(batch_size):
+            for batch in kind.batches(order):
                 optimizer.zero_grad()
                 kind.objective(model, batch, loss, N).backward()
                 optimizer.step()
@@ -464,13 +574,14 @@ def train(task, loss="limited", N=None, seed=0, device="cpu", out=None, **change
 
 
 def summary(p, confidence, num_samples, tries):
-    """{"pass@1": …, "confidence": …}: means over the problems, of what `measure` gives for one temperature. From
-    samples there is no pass@N for more tries than samples."""
+    """{"pass@1": …, "confidence": …, "log_p": …}: means over the problems, of what `measure` gives for one temperature.
+    From samples there is no log p, and no pass@N for more tries than samples."""
     if num_samples:
         result = {n: estimate_pass_at_n(num_samples, (p * num_samples).round(), n) for n in tries if n <= num_samples}
     else:
         result = {n: pass_at_n(p, n) for n in tries}
-    return {f"pass@{n}": value.mean().item() for n, value in result.items()} | {"confidence": confidence.mean().item()}
+    log_p = {} if num_samples else {"log_p": p.clamp(min=1e-300).log().mean().item()}
+    return {f"pass@{n}": x.mean().item() for n, x in result.items()} | {"confidence": confidence.mean().item()} | log_p
 
 
 def save(run, path):
@@ -492,8 +603,8 @@ def is_finished(run):
 
 def changes_of(run):
     """The settings in which a run differs from its task's."""
-    return [f"{key}={run['config'][key]:g}" for key, value in SETTINGS[run["task"]].items()
-            if key != "N" and run["config"][key] != value]
+    return [f"{key}={run['config'][key]:{'' if isinstance(value, str) else 'g'}}"
+            for key, value in SETTINGS[run["task"]].items() if key != "N" and run["config"][key] != value]
 
 
 def label_of(run):
@@ -595,6 +706,8 @@ def load_runs(out, task_name):
     for path in sorted(Path(out).glob(f"{task_name}-*-seed*.json")):
         try:
             run = json.loads(path.read_text())
+            if run["task"] != task_name:  # math's stars also find math-lm's
+                continue
             key = run["loss"], run["N"], label_of(run)
             run["history"][-1]["tempered"]["1"], run["problems"]["confidence"], run["rivals"]
             if is_finished(run):
@@ -787,8 +900,7 @@ def parse_arguments(argv):
     parser.error = fail
     parser.add_argument("--task", choices=TASKS, default="multiply")
     parser.add_argument("--loss", choices=["both", "all", *LOSSES], default="both")
-    parser.add_argument("--N", type=int, help="tries: the limited loss trains for this pass@N; default: 64, and with "
-                        "--task prove 4, for each step")
+    parser.add_argument("--N", type=int, help="tries that the loss trains for; default 64 (prove: 4, for each step)")
     parser.add_argument("--epochs", type=int, help="default: the task's own, in SETTINGS")
     parser.add_argument("--weight-decay", type=float, help="AdamW's; default 0")
     parser.add_argument("--traces", type=int, help="--task cot: sampled to estimate each p")
@@ -798,8 +910,8 @@ def parse_arguments(argv):
     parser.add_argument("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto")
     parser.add_argument("--out", type=Path, default="out", help="the folder for runs and figures")
     parser.add_argument("--math-dir", help="the MATH dataset's folder; without it, the datasets package fetches it")
-    parser.add_argument("--frontier", action="store_true",
-                        help="train with N = 1, 8, 64 and 512 (--task prove: 1, 2, 4 and 8)")
+    parser.add_argument("--model", help="--task math: fine-tune a language model: hub name, folder or .gguf file")
+    parser.add_argument("--frontier", action="store_true", help="train with N = 1, 8, 64, 512 (prove: 1, 2, 4, 8)")
     parser.add_argument("--theory", action="store_true", help="train nothing: draw why each loss does what it does")
     args = parser.parse_args(argv)
     lowest = {"N": 1, "epochs": 0, "weight_decay": 0, "traces": 1, "interval": 1, "seed": 0, "seeds": 1}
@@ -809,7 +921,9 @@ def parse_arguments(argv):
             fail(f"--{name.replace('_', '-')} {value}: give a number from {low} to 1,000,000")
     args.changes = {name: getattr(args, name) for name in ("epochs", "weight_decay", "traces", "interval")
                     if getattr(args, name) is not None}
-    for name in args.changes.keys() - SETTINGS[args.task].keys():
+    if args.model:
+        args.changes["model"] = Path(args.model).name
+    for name in args.changes.keys() - SETTINGS["math-lm" if args.model and args.task == "math" else args.task].keys():
         fail(f"--{name} is no setting of --task {args.task}; leave it out")
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     args.device = next(filter(there.get, there)) if args.device == "auto" else args.device
@@ -826,7 +940,7 @@ def fail(message):
 def build(args, seed):
     """The task, the (loss, N) to train it with, and the number of tries to show."""
     try:
-        task = TASKS[args.task](seed, *[args.math_dir] * (args.task == "math"))
+        task = TASKS[args.task](seed, *[args.math_dir, args.model] * (args.task == "math"))
     except (OSError, ValueError) as error:
         fail(error)
     kind, N = KINDS[task.kind], args.N or SETTINGS[task.name]["N"]
@@ -857,13 +971,13 @@ def main(argv=None):
         except KeyboardInterrupt:
             status = 130
             print(f"\nInterrupted; what was measured until then is kept in {args.out}", file=sys.stderr)
-        groups = load_runs(args.out, args.task)
-        if groups and run:
+        groups = run and load_runs(args.out, run["task"])
+        if groups:
             measured = measured_tries(groups)
             N = min(measured, key=lambda n: abs(math.log(n / goal)))  # where some run lacks that pass@N, the nearest
             print_table(groups, N)
             print(in_words(groups, N))
-            draw(groups, N, args.out / f"{args.task}{'-frontier' * args.frontier}.png")
+            draw(groups, N, args.out / f"{run['task']}{'-frontier' * args.frontier}.png")
             print(run["example"])
     except OSError as error:
         fail(f"cannot write to --out {args.out} ({error.strerror}): give a folder with room that you may write to; "

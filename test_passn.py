@@ -1056,6 +1056,130 @@ def test_a_full_disk_gets_one_clear_line(where, tiny, tmp_path, monkeypatch, cap
     assert (where == "save") == (not [*tmp_path.glob("*.json")])
 
 
+# ---- a pretrained model, here a tiny Llama with random weights and tokens that are characters ----------------
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    """The folder of a language model whose token 0 is a word, "!"; its end token is the last."""
+    transformers, tokenizers = pytest.importorskip("transformers"), pytest.importorskip("tokenizers")
+    characters = ["!", *sorted(set(map(chr, range(32, 127))) - {"!"}), "\n", "<end>"]
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel(dict(zip(characters, range(97))), unk_token="!"))
+    words.pre_tokenizer = tokenizers.pre_tokenizers.Split("", "isolated")
+    config = transformers.LlamaConfig(vocab_size=97, hidden_size=32, intermediate_size=64, num_hidden_layers=3,
+                                      num_attention_heads=4, num_key_value_heads=2, initializer_range=0.5, eos_token_id=96)
+    folder = tmp_path_factory.mktemp("llama")
+    transformers.utils.logging.disable_progress_bar()
+    torch.manual_seed(0)
+    transformers.LlamaForCausalLM(config).save_pretrained(folder)
+    transformers.PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<end>").save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture
+def few(monkeypatch):
+    """Settings for it: its upper two of three layers, trained until three problems are half known."""
+    own = dict(model="llama", epochs=30, evaluations=1, batch_size=2, learning_rate=1e-2, n_layer=2)
+    monkeypatch.setitem(passn.SETTINGS, "math-lm", passn.SETTINGS["math-lm"] | own)
+
+
+def text_of(task, split, problem):
+    """A problem's prompt and answer as lists of tokens."""
+    prompts, answers = getattr(task, split)
+    return [*prompts[problem]], answers[problem][answers[problem] != toy_tasks.NO_TOKEN].tolist()
+
+
+def test_a_pretrained_model_reads_the_same_problems_in_its_own_tokens(llama, math_dir):
+    task, small = TASKS["math"](0, math_dir, llama), TASKS["math"](0, math_dir)
+    tokenizer = toy_tasks.language_model(llama)[1]
+    told = {tokenizer.decode(prompt, clean_up_tokenization_spaces=False).replace(" ", ""): answer for prompt, answer in
+            (text_of(task, split, i) for split in ("train", "test") for i in range(3))}
+    assert told["Unheardof:2+3?\nAnswer:"] == tokenizer(" 5")["input_ids"] + [96]
+    assert told["Whatis$-3-4$?\nAnswer:"] == tokenizer(" -7")["input_ids"] + [96] and len(told) == 6
+    for policy in (lambda p, N: p, optimal_policy):
+        assert passn.blind_pass_at_n(task, policy, 8) == pytest.approx(passn.blind_pass_at_n(small, policy, 8))
+
+
+def test_a_pretrained_models_p_is_that_of_sampling_it(llama, math_dir, few):
+    task = TASKS["math"](0, math_dir, llama)
+    run, model = train(task, "limited", 4)
+    kind = passn.Pretrained(task, passn.SETTINGS["math-lm"], 0, "cpu")
+    p, confidence = (values.tolist() for values in kind.measure(model, "train", [1.0])[1.0][:2])
+    torch.manual_seed(0)
+    original, model = toy_tasks.language_model(llama)[0].float(), model.float()
+
+    def next_logits(prompt, answers):  # the question read by the original, what follows by the trained model
+        cache = original(torch.tensor([prompt[:-1]]), use_cache=True).past_key_values
+        cache.batch_repeat_interleave(len(answers))
+        last = torch.full((len(answers), 1), prompt[-1])
+        return model(torch.cat([last, answers], dim=1), past_key_values=cache).logits[:, -1]
+
+    for problem in range(3):
+        prompt, answer = text_of(task, "train", problem)
+        sampled, best, log_best = torch.empty(4000, 0, dtype=torch.long), torch.empty(1, 0, dtype=torch.long), 0.0
+        for _ in answer:
+            sampled = torch.cat([sampled, next_logits(prompt, sampled).softmax(dim=1).multinomial(1)], dim=1)
+        while best.shape[1] < 4 and 96 not in best:
+            top = next_logits(prompt, best).log_softmax(dim=1).max(dim=1)
+            best, log_best = torch.cat([best, top.indices[:, None]], dim=1), log_best + top.values.item()
+        right = (sampled == torch.tensor(answer)).all(dim=1).double().mean().item()
+        assert 0.1 < p[problem] < 0.95 and right == pytest.approx(p[problem], abs=0.04)
+        assert math.log(confidence[problem]) == pytest.approx(log_best, abs=0.05)
+    assert run["history"][-1]["train"]["pass@1"] == pytest.approx(sum(p) / 3)
+
+
+def test_a_pretrained_models_batches_change_no_p(llama, math_dir, few):
+    task = TASKS["math"](0, math_dir, llama)
+    kind = passn.Pretrained(task, passn.SETTINGS["math-lm"], 0, "cpu")
+    model = kind.new_model()
+    together = kind.log_p(model, torch.tensor([2, 0, 1]))
+    alone = torch.cat([kind.log_p(model, torch.tensor([i])) for i in (2, 0, 1)])
+    torch.testing.assert_close(together, alone, rtol=2e-3, atol=2e-3)
+    assert sorted(torch.cat(kind.batches(torch.Generator().manual_seed(0))).tolist()) == [0, 1, 2]
+
+
+def test_only_the_upper_layers_of_a_pretrained_model_are_trained(llama, math_dir, few):
+    task = TASKS["math"](0, math_dir, llama)
+    before = {name: value.clone() for name, value in toy_tasks.language_model(llama)[0].state_dict().items()}
+    (run, model), (again, _) = train(task, "ce", 4, epochs=2), train(task, "ce", 4, epochs=2)
+    assert without_times(run) == without_times(again)  # the second begins with the same weights as the first
+    assert all(torch.equal(value, before[name]) for name, value in toy_tasks.language_model(llama)[0].state_dict().items())
+    changed = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
+    assert changed == {name for name in before if re.match(r"model\.layers\.[12]\.", name)}
+
+
+def test_main_fine_tunes_a_pretrained_model(tiny, few, llama, math_dir, tmp_path, capsys):
+    out = tmp_path / "out"
+    arguments = ["--task", "math", "--math-dir", str(math_dir), "--out", str(out), "--epochs", "1"]
+    assert main([*arguments, "--model", llama]) == 0 and main(arguments) == 0
+    assert is_drawn(out / "math-lm.png") and is_drawn(out / "math.png")
+    assert len([*out.glob("math-lm-*.json")]) == 2 and len([*out.glob("math-*.json")]) == 4
+    run = json.loads(next(out.glob("math-lm-ce*.json")).read_text())
+    assert run["config"]["model"] == Path(llama).name and run["rivals"]
+    tables = capsys.readouterr().out.split("Figure")
+    assert "model=llama" in tables[0] and "model=llama" not in tables[1]  # the fixture calls another one the usual one
+
+
+@pytest.mark.parametrize("name, hint", [
+    ("/nowhere", "/nowhere"), ("/nowhere.gguf", "nowhere.gguf"), (__file__, "test_passn.py"), ("broken.gguf", "broken.gguf"),
+    ("without a tokenizer", "without"), ("another kind", "another kind")])
+def test_bad_models_get_one_line(name, hint, llama, math_dir, tmp_path, monkeypatch, capsys):
+    import transformers
+    monkeypatch.chdir(tmp_path)
+    Path("broken.gguf").write_bytes(b"nonsense")
+    toy_tasks.language_model(llama)[0].save_pretrained("without a tokenizer")
+    toy_tasks.language_model(llama)[1].save_pretrained("another kind")
+    transformers.GPT2LMHeadModel(transformers.GPT2Config(vocab_size=97, n_embd=16, n_layer=1, n_head=2)).save_pretrained("another kind")
+    capsys.readouterr()
+    assert hint in refused(["--task", "math", "--math-dir", math_dir, "--model", name, "--out", tmp_path / "out"], capsys)
+
+
+def test_without_transformers_one_line_says_so(math_dir, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "transformers", None)  # as if not installed
+    arguments = ["--task", "math", "--math-dir", math_dir, "--model", "any", "--out", tmp_path / "out"]
+    assert "pip install transformers" in refused(arguments, capsys)
+
+
 # ---- bad input -------------------------------------------------------------------------------------------
 
 

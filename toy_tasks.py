@@ -19,6 +19,7 @@ import torch
 from tqdm import tqdm
 
 PAD, END = 0, 1  # the first two tokens of every vocabulary: filling, and "the answer ends here"
+NO_TOKEN = -100  # pads the texts of a pretrained model, all of whose tokens may be words
 
 
 class Task(NamedTuple):
@@ -33,6 +34,7 @@ class Task(NamedTuple):
     test_guess: torch.Tensor | None = None  # the test answers' places in `guesses` (P,), -1 where not among them
     final: int = 0  # where an answer holds a reasoning trace: its last so many tokens are what counts
     train_table: "ProofTable | None" = None  # of proofs: some training theorems, to measure on
+    model: str = ""  # the name of a pretrained model that answers, in its own tokens
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -361,40 +363,76 @@ SUBJECTS = ["algebra", "counting_and_probability", "geometry", "intermediate_alg
             "prealgebra", "precalculus"]
 
 
-def math_questions(seed=0, math_dir=None):
+def math_questions(seed=0, math_dir=None, model=None):
     """A MATH question -> its integer answer. The split is the dataset's own, so `seed` changes nothing here.
 
     A word, a LaTeX command, a digit or a sign is a token; a word that the training questions use only once is
-    '<unk>'. An answer is its sign and digits and END: at most 5 tokens."""
+    '<unk>'. An answer is its sign and digits and END: at most 5 tokens. Where a pretrained model is named, the same
+    problems are told in its own tokens."""
     problems = {}
     for split in ("train", "test"):
         examples = read_math_dir(math_dir, split) if math_dir else download_math(split)
-        problems[split] = [(words(example["problem"]), answer) for example in examples
+        problems[split] = [(example["problem"], answer) for example in examples
                            if (answer := integer_answer(example["solution"])) is not None
-                           and "[asy]" not in example["problem"]]
-        problems[split] = [(question, answer) for question, answer in problems[split]
-                           if len(question) <= MAX_QUESTION]
+                           and "[asy]" not in example["problem"] and len(words(example["problem"])) <= MAX_QUESTION]
+        if model:
+            problems[split].sort(key=lambda problem: len(problem[0]))  # by length, for speed
         if not problems[split]:
             raise ValueError(f"the {split} problems have no short question with an integer answer: "
                              f"is this really the MATH dataset?")
+    answer_counts = Counter(answer for _, answer in problems["train"])
+    place = {answer: i for i, answer in enumerate(answer_counts)}
+    guesses = torch.tensor(list(answer_counts.values()), dtype=torch.float64)
+    blind = guesses / guesses.sum(), torch.tensor([place.get(answer, -1) for _, answer in problems["test"]])
+    if model:
+        return Task("math-lm", "pretrained", [], 0, *in_tokens_of(model, problems), *blind, model=model)
 
-    counts = Counter(word for question, _ in problems["train"] for word in question)
+    counts = Counter(word for question, _ in problems["train"] for word in words(question))
     signs = [*"-0123456789"]
     common = sorted(word for word in counts if counts[word] > 1 and word not in signs)
     vocab = ["<pad>", "<end>", "<unk>", *signs, *common]
     known = set(vocab)
 
     def as_tokens(split):
-        questions = [[word if word in known else "<unk>" for word in question] for question, _ in problems[split]]
+        questions = [[word if word in known else "<unk>" for word in words(text)] for text, _ in problems[split]]
         questions = [["<pad>"] * (MAX_QUESTION - len(question)) + question for question in questions]
-        answers = [[*answer, "<end>"] + ["<pad>"] * (4 - len(answer)) for _, answer in problems[split]]
-        return encode(questions, vocab), encode(answers, vocab)
+        answers = encode([[*answer, "<end>"] + ["<pad>"] * (4 - len(answer)) for _, answer in problems[split]], vocab)
+        return encode(questions, vocab), answers
 
-    answer_counts = Counter(answer for _, answer in problems["train"])
-    place = {answer: i for i, answer in enumerate(answer_counts)}
-    guesses = torch.tensor(list(answer_counts.values()), dtype=torch.float64)
-    return Task("math", "answers", vocab, MAX_QUESTION + 5, as_tokens("train"), as_tokens("test"),
-                guesses / guesses.sum(), torch.tensor([place.get(answer, -1) for _, answer in problems["test"]]))
+    return Task("math", "answers", vocab, MAX_QUESTION + 5, as_tokens("train"), as_tokens("test"), *blind)
+
+
+def in_tokens_of(model, problems):
+    """Questions and answers, of the training problems and the test's, as a pretrained model reads them."""
+    tokenizer = language_model(model)[1]
+    for split in ("train", "test"):
+        questions, answers = zip(*problems[split])
+        x = tokenizer([f"{question}\nAnswer:" for question in questions])["input_ids"]
+        y = tokenizer([f" {answer}" for answer in answers], add_special_tokens=False)["input_ids"]
+        width = max(map(len, y))
+        y = torch.tensor([row + [tokenizer.eos_token_id] + [NO_TOKEN] * (width - len(row)) for row in y])
+        yield tuple(map(tuple, x)), y
+
+
+@lru_cache(1)
+def language_model(name):
+    """A pretrained causal language model, built like Llama, and its tokenizer: of a name on the Hugging Face hub, a
+    folder, or a .gguf file. In bfloat16 where a processor here is made for it, and so twice as fast; else float32."""
+    path, fast = Path(name), getattr(torch.cpu, "get_capabilities", dict)().get("avx512_bf16")
+    options = dict(dtype=torch.bfloat16 if fast or torch.cuda.is_available() else torch.float32, attn_implementation="eager")
+    place, file = (path.parent, {"gguf_file": path.name}) if path.suffix == ".gguf" else (name, {})
+    if file:  # its weights are packed, and packed weights cannot be trained
+        options["quantization_config"] = {"quant_method": "gguf", "dequantize": True}
+    try:
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+        tokenizer = AutoTokenizer.from_pretrained(place, **file)
+        model = AutoModelForCausalLM.from_pretrained(place, **file, **options)
+        model.model.layers, model.model.rotary_emb, tokenizer.eos_token_id + 0  # what is needed of them
+        return model, tokenizer
+    except Exception as error:  # no package, no such name, no network, no tokenizer: errors of many kinds
+        reason = str(error).strip().split("\n")[0]
+        raise ValueError(f"--model {name}: {reason} (it takes pip install transformers gguf, and a model built like Llama "
+                         f"with its tokenizer: a name on the Hugging Face hub, a folder or a .gguf file)") from None
 
 
 def words(text):
