@@ -236,7 +236,7 @@ class Answers:
     frontier = COLUMNS  # the N that --frontier trains with
     goal = None  # the number of tries in the test that training aims at, where that is not N
     shapes = ()  # what else is known of each test problem, for the run's file
-    pad, piece, every = PAD, 1000, 1  # behind answers; measured at once; of every so manieth test problem the confidence
+    pad, piece, every = PAD, 1000, 1  # behind answers; measured at once; confidence is of every 1st test problem
 
     def __init__(self, task, settings, seed, device):
         self.task, self.settings, self.device = task, settings, device
@@ -327,8 +327,8 @@ def blind_pass_at_n(task, policy, N):
 class Pretrained(Answers):
     """Answers of a language model that has read before, in its own tokens. A question is read once, by the model as it
     came, and what its layers keep of it for later tokens, keys and values, is stored. Trained are the upper `n_layer`
-    layers, where they write the answer: so a step costs the answers' few tokens. Problems come in the order of their
-    length, and a batch's questions are of about equal length, for they are padded in front."""
+    layers, where they write the answer: so a step costs no more than the answers' few tokens. Problems come in the
+    order of their length, and a batch's questions are of about equal length, for they are padded in front."""
     pad, piece, every = NO_TOKEN, 50, 5
 
     def __init__(self, task, settings, seed, device):
@@ -355,7 +355,7 @@ class Pretrained(Answers):
         lengths, x = torch.tensor([k.shape[-2] for k in kept], device=y.device)[:, None], torch.stack(states).float()
         T, places = lengths.max().item(), torch.arange(y.shape[1], device=y.device)
         keys_at = torch.arange(-T, y.shape[1], device=y.device)
-        unseen = (keys_at < -lengths)[:, None, None] | (keys_at > places[:, None])  # (B, 1, A, T + A): padding, the future
+        unseen = (keys_at < -lengths)[:, None, None] | (keys_at > places[:, None])  # padding and the future, (B, 1, A, T + A)
         mask = torch.where(unseen, -torch.inf, 0.0)
         with mixed_precision(model):
             cache, rotary = DynamicCache(), model.model.rotary_emb(x, lengths + places)
@@ -367,8 +367,8 @@ class Pretrained(Answers):
 
     def greedy(self, model, split, problems):  # in transformers' own loop
         (prompts, y), (original, tokenizer) = getattr(self.task, split), language_model(self.task.model)
-        x = [torch.tensor(prompts[i], device=self.device) for i in problems]
-        x = nn.utils.rnn.pad_sequence(x, batch_first=True, padding_value=NO_TOKEN, padding_side="left")
+        x = [torch.tensor(prompts[i][::-1], device=self.device) for i in problems]
+        x = nn.utils.rnn.pad_sequence(x, batch_first=True, padding_value=NO_TOKEN).flip(1)  # padded in front
         mask, end, key = (x != NO_TOKEN).long(), tokenizer.eos_token_id, (split, problems[0].item())
         with mixed_precision(model):
             if key not in self.prompt_caches:  # of all but a prompt's last token

@@ -1067,7 +1067,7 @@ def llama(tmp_path_factory):
     words = tokenizers.Tokenizer(tokenizers.models.WordLevel(dict(zip(characters, range(97))), unk_token="!"))
     words.pre_tokenizer = tokenizers.pre_tokenizers.Split("", "isolated")
     config = transformers.LlamaConfig(vocab_size=97, hidden_size=32, intermediate_size=64, num_hidden_layers=3,
-                                      num_attention_heads=4, num_key_value_heads=2, initializer_range=0.5, eos_token_id=96)
+                                      num_attention_heads=4, num_key_value_heads=2, initializer_range=0.5)
     folder = tmp_path_factory.mktemp("llama")
     transformers.utils.logging.disable_progress_bar()
     torch.manual_seed(0)
@@ -1143,7 +1143,8 @@ def test_only_the_upper_layers_of_a_pretrained_model_are_trained(llama, math_dir
     before = {name: value.clone() for name, value in toy_tasks.language_model(llama)[0].state_dict().items()}
     (run, model), (again, _) = train(task, "ce", 4, epochs=2), train(task, "ce", 4, epochs=2)
     assert without_times(run) == without_times(again)  # the second begins with the same weights as the first
-    assert all(torch.equal(value, before[name]) for name, value in toy_tasks.language_model(llama)[0].state_dict().items())
+    after = toy_tasks.language_model(llama)[0].state_dict()
+    assert all(torch.equal(value, before[name]) for name, value in after.items())
     changed = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
     assert changed == {name for name in before if re.match(r"model\.layers\.[12]\.", name)}
 
@@ -1161,17 +1162,19 @@ def test_main_fine_tunes_a_pretrained_model(tiny, few, llama, math_dir, tmp_path
 
 
 @pytest.mark.parametrize("name, hint", [
-    ("/nowhere", "/nowhere"), ("/nowhere.gguf", "nowhere.gguf"), (__file__, "test_passn.py"), ("broken.gguf", "broken.gguf"),
-    ("without a tokenizer", "without"), ("another kind", "another kind")])
+    ("/nowhere", "/nowhere"), ("/nowhere.gguf", "named nowhere.gguf"), (__file__, "config"), ("broken.gguf", "magic"),
+    ("without a tokenizer", "tokenizer"), ("another kind", "'GPT2LMHeadModel' object has no attribute 'model'")])
 def test_bad_models_get_one_line(name, hint, llama, math_dir, tmp_path, monkeypatch, capsys):
     import transformers
     monkeypatch.chdir(tmp_path)
     Path("broken.gguf").write_bytes(b"nonsense")
     toy_tasks.language_model(llama)[0].save_pretrained("without a tokenizer")
     toy_tasks.language_model(llama)[1].save_pretrained("another kind")
-    transformers.GPT2LMHeadModel(transformers.GPT2Config(vocab_size=97, n_embd=16, n_layer=1, n_head=2)).save_pretrained("another kind")
+    config = transformers.GPT2Config(vocab_size=97, n_embd=16, n_layer=1, n_head=2)
+    transformers.GPT2LMHeadModel(config).save_pretrained("another kind")
     capsys.readouterr()
-    assert hint in refused(["--task", "math", "--math-dir", math_dir, "--model", name, "--out", tmp_path / "out"], capsys)
+    arguments = ["--task", "math", "--math-dir", math_dir, "--model", name, "--out", tmp_path / "out"]
+    assert hint in refused(arguments, capsys)
 
 
 def test_without_transformers_one_line_says_so(math_dir, tmp_path, monkeypatch, capsys):

@@ -419,20 +419,19 @@ def language_model(name):
     """A pretrained causal language model, built like Llama, and its tokenizer: of a name on the Hugging Face hub, a
     folder, or a .gguf file. In bfloat16 where a processor here is made for it, and so twice as fast; else float32."""
     path, fast = Path(name), getattr(torch.cpu, "get_capabilities", dict)().get("avx512_bf16")
-    options = dict(dtype=torch.bfloat16 if fast or torch.cuda.is_available() else torch.float32, attn_implementation="eager")
+    dtype = torch.bfloat16 if fast or torch.cuda.is_available() else torch.float32
     place, file = (path.parent, {"gguf_file": path.name}) if path.suffix == ".gguf" else (name, {})
-    if file:  # its weights are packed, and packed weights cannot be trained
-        options["quantization_config"] = {"quant_method": "gguf", "dequantize": True}
+    unpack = {"quantization_config": {"quant_method": "gguf", "dequantize": True}} if file else {}  # to be trained
     try:
         from transformers import AutoModelForCausalLM, AutoTokenizer
         tokenizer = AutoTokenizer.from_pretrained(place, **file)
-        model = AutoModelForCausalLM.from_pretrained(place, **file, **options)
+        model = AutoModelForCausalLM.from_pretrained(place, dtype=dtype, attn_implementation="eager", **file, **unpack)
         model.model.layers, model.model.rotary_emb, tokenizer.eos_token_id + 0  # what is needed of them
         return model, tokenizer
     except Exception as error:  # no package, no such name, no network, no tokenizer: errors of many kinds
         reason = str(error).strip().split("\n")[0]
-        raise ValueError(f"--model {name}: {reason} (it takes pip install transformers gguf, and a model built like Llama "
-                         f"with its tokenizer: a name on the Hugging Face hub, a folder or a .gguf file)") from None
+        raise ValueError(f"--model {name}: {reason} (needed are pip install transformers gguf, and a model built like "
+                         f"Llama with its tokenizer: a name on the Hugging Face hub, a folder or a .gguf file)") from None
 
 
 def words(text):
