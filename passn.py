@@ -518,12 +518,12 @@ SETTINGS = {
     "search": DEFAULTS | dict(epochs=8, evaluations=4, learning_rate=3e-3, batch_size=10),
     "math": DEFAULTS | dict(epochs=8, learning_rate=2e-3, n_embd=128),
     "math-lm": dict(model="SmolLM2-135M-Instruct.Q4_1.gguf", N=64, epochs=8, evaluations=8, batch_size=32,
-                    learning_rate=5e-4, weight_decay=0.0, eps=1e-8, n_layer=10),
+                    learning_rate=5e-4, weight_decay=0.0, eps=1e-8, n_layer=10),  # layers that are trained
 }
 
 
 def train(task, loss="limited", N=None, seed=0, device="cpu", out=None, **changes):
-    """Train a new GPT on a task and measure it as it learns. Returns the run (see the README) and the model.
+    """Train a new model on a task and measure it as it learns. Returns the run (see the README) and the model.
 
     With loss "ce" the training N is 1, and the N that is given only another pass@N that is measured. Where a folder
     `out` is given the run is saved there after every evaluation. `changes` are to the task's `SETTINGS`: epochs=10."""

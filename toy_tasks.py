@@ -19,7 +19,7 @@ import torch
 from tqdm import tqdm
 
 PAD, END = 0, 1  # the first two tokens of every vocabulary: filling, and "the answer ends here"
-NO_TOKEN = -100  # pads the texts of a pretrained model, all of whose tokens may be words
+NO_TOKEN = -100  # the filling where a pretrained model answers, all of whose tokens may be words
 
 
 class Task(NamedTuple):
@@ -34,7 +34,8 @@ class Task(NamedTuple):
     test_guess: torch.Tensor | None = None  # the test answers' places in `guesses` (P,), -1 where not among them
     final: int = 0  # where an answer holds a reasoning trace: its last so many tokens are what counts
     train_table: "ProofTable | None" = None  # of proofs: some training theorems, to measure on
-    model: str = ""  # the name of a pretrained model that answers, in its own tokens
+    model: str = ""  # a pretrained model that answers, in its own tokens: then prompts are tuples of any length, and
+    # answers are padded with NO_TOKEN
 
 
 # ----------------------------------------------------------------------------------------------------------
