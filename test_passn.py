@@ -1071,7 +1071,10 @@ def llama(tmp_path_factory):
     folder = tmp_path_factory.mktemp("llama")
     transformers.utils.logging.disable_progress_bar()
     torch.manual_seed(0)
-    transformers.LlamaForCausalLM(config).save_pretrained(folder)
+    model = transformers.LlamaForCausalLM(config)
+    for layer in model.model.layers:
+        layer.self_attn.q_proj.weight.data *= 0.1  # attend to all of a text, so that a wrong mask or place shows
+    model.save_pretrained(folder)
     transformers.PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<end>").save_pretrained(folder)
     return str(folder)
 
@@ -1135,6 +1138,11 @@ def test_a_pretrained_models_batches_change_no_p(llama, math_dir, few):
     together = kind.log_p(model, torch.tensor([2, 0, 1]))
     alone = torch.cat([kind.log_p(model, torch.tensor([i])) for i in (2, 0, 1)])
     torch.testing.assert_close(together, alone, rtol=2e-3, atol=2e-3)
+    original = toy_tasks.language_model(llama)[0].float()
+    for problem, log_p in zip((2, 0, 1), alone.tolist()):  # before training it is one pass over question and answer
+        prompt, answer = text_of(task, "train", problem)
+        logits = original(torch.tensor([prompt + answer])).logits[0, len(prompt) - 1:-1]
+        assert log_p == pytest.approx(-F.cross_entropy(logits, torch.tensor(answer), reduction="sum").item(), rel=5e-3)
     assert sorted(torch.cat(kind.batches(torch.Generator().manual_seed(0))).tolist()) == [0, 1, 2]
 
 
