@@ -1,145 +1,185 @@
-"""pass@N, and a loss that trains for it: cross-entropy makes a model overconfident, overconfidence wastes tries,
-and one changed line in the loss mends it.
+"""pass@N, and a loss that trains for it.
 
-A small, complete reimplementation of Chen, Raventós, Cheng, Ganguli and Druckmann, "Rethinking Fine-Tuning when
-Scaling Test-Time Compute: Limiting Confidence Improves Mathematical Reasoning" (arXiv 2502.07154). Read it from
-top to bottom, or run it:
+Cross-entropy makes a model overconfident, overconfidence wastes tries, and one changed line in the loss fixes it. This is
+a small, complete reimplementation of Chen, Raventós, Cheng, Ganguli and Druckmann, "Rethinking Fine-Tuning when Scaling
+Test-Time Compute: Limiting Confidence Improves Mathematical Reasoning" (arXiv 2502.07154). Read it from top to bottom, or
+run it:
 
     python passn.py                          # train with both losses and draw what happens
     python passn.py --loss limited --N 64    # one run
 """
 
 import argparse
-import copy
-import functools
+import inspect
 import json
 import math
+import multiprocessing
 import os
+import signal
 import sys
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from functools import partial
 from pathlib import Path
 
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # else PyTorch's threads fight with whatever else is running
-
-import matplotlib.pyplot as plt
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
-from toy_tasks import END, NO_TOKEN, PAD, TASKS, language_model, part_of, proof_p, show_proof
+from toy_tasks import END, PAD, TASKS, part_of, proof_p, sample_attempts, show_attempts
 
 # ==== 1. pass@N ===========================================================================================
 #
-# A model answers a problem by sampling. Let p be the probability that one sample is right. Give it N tries and
+# A model answers a problem by sampling. Let p be the probability that one sample is right. Give the model N tries and
 # count the problem as solved if any of them is right: it fails only if all N fail.
 
 
 def pass_at_n(p, N):
-    """pass@N = 1 - (1 - p)^N of each problem, exactly, for success probabilities p (a number or any shape).
+    """pass@N = 1 - (1 - p)^N of each problem, exactly.
 
-    Returns float64 of the same shape. By way of log(1 - p), so that p = 1e-12 and N = 1,000,000 lose no digit."""
-    p = torch.as_tensor(p, dtype=torch.float64)
-    return -torch.expm1(N * torch.log1p(-p))
+    p: success probabilities, a number or a tensor of any shape; N: a number, or one for each problem. Returns float64 of
+    p's shape. Computed through log(1 - p), so that p = 1e-12 and N = 1,000,000 lose no digit. Raises ValueError where p is
+    not within 0 and 1 (rounding errors of a millionth pass) or N < 1."""
+    p, N = torch.as_tensor(p, dtype=torch.float64), check_tries(N)
+    if ((p < -1e-6) | (p > 1 + 1e-6)).any():
+        raise ValueError("p is a probability, from 0 to 1")
+    below_1 = torch.where(p < 1, p, 0.0)  # a stand-in keeps the branch that is not chosen finite, and so its gradient
+    return torch.where(p < 1, -torch.expm1(N * torch.log1p(-below_1)), 1.0)
+
+
+def check_tries(N):
+    N = torch.as_tensor(N, dtype=torch.float64)
+    if not ((N >= 1) & N.isfinite()).all():
+        raise ValueError(f"N is a number of tries, 1 or more; got {N.tolist()}")
+    return N
 
 
 def estimate_pass_at_n(num_samples, num_correct, N):
-    """Unbiased estimate of pass@N from n samples of which c were right, for when p itself cannot be had.
+    """Unbiased estimate of pass@N from n samples of which c were right, for when p is unknown.
 
-    1 - C(n - c, N) / C(n, N): the share of all choices of N among the n samples that hold a right one, here as the
-    product 1 - Π_{j<c} (1 - N / (n - j)). (Putting c / n for p into the formula above would be biased.)
-    num_correct: a number or a tensor of any shape, from 0 to n. Returns float64 of that shape, on the CPU. Raises
-    ValueError where N > n or c > n. Source: Chen et al. 2021, arXiv 2107.03374."""
+    1 - C(n - c, N) / C(n, N): of all ways to choose N of the n samples, the share with a right one among them. Computed as
+    the product 1 - Π_{j<c} (1 - N / (n - j)). (Putting c / n for p into the formula above would be biased.)
+    num_correct: a number or a tensor of any shape, whole numbers from 0 to n. Returns float64 of that shape, on the CPU.
+    Raises ValueError where N > n or N < 1, or where num_correct is no such number. Source: Chen et al. 2021,
+    arXiv 2107.03374."""
     if not 1 <= N <= num_samples:
         raise ValueError(f"pass@{N} cannot be estimated from {num_samples} samples: draw at least N")
     num_correct = torch.as_tensor(num_correct).cpu()
-    if ((num_correct < 0) | (num_correct > num_samples)).any():
-        raise ValueError(f"of {num_samples} samples, 0 to {num_samples} can be right")
+    if ((num_correct < 0) | (num_correct > num_samples) | (num_correct != num_correct.long())).any():
+        raise ValueError(f"num_correct counts right samples: a whole number, 0 to {num_samples}")
     j = torch.arange(num_samples, dtype=torch.float64)
-    all_fail = torch.cumprod((1 - N / (num_samples - j)).clamp(min=0), dim=0)  # [c - 1]: C(n - c, N) / C(n, N)
-    all_fail = torch.cat([torch.ones(1, dtype=torch.float64), all_fail])
+    factors = (1 - N / (num_samples - j)).clamp(min=0)
+    all_fail = torch.cat([torch.ones(1, dtype=torch.float64), factors.cumprod(dim=0)])  # by c: C(n - c, N) / C(n, N)
     return 1 - all_fail[num_correct.long()]
 
 
 # ==== 2. The loss =========================================================================================
 #
-# Cross-entropy, -log p, asks for the first try to be right. With N tries the thing to ask for is that any of them
-# is: minus the logarithm of pass@N. That is the whole idea. What it changes is seen in the gradient:
+# Cross-entropy, -log p, asks that the first try be right. With N tries, ask that any of them be right: minus the logarithm
+# of pass@N. That is the whole idea. What it changes shows in the gradient:
 #
 #     d/dθ [-log(1 - (1 - p)^N)] = F(N, p) · d/dθ [-log p],      F(N, p) = N p (1 - p)^(N-1) / (1 - (1 - p)^N)
 #
-# by the chain rule, dp = p · d log p. Where p is small, (1 - p)^N is e^(-N p), and F depends on u = N p alone, the
-# number of right answers to expect among N: F ≈ u / (e^u - 1). While p is far below 1/N, F is 1, and the example pulls
-# as it does under cross-entropy; at p = 1/N it is 0.58, at 5/N it is 0.03: an example that N tries solve stops pulling,
-# and the model is not made surer than N tries need. With N = 1, F is 1 everywhere: the loss is cross-entropy itself.
+# by the chain rule, dp = p · d log p. Where p is small, (1 - p)^N is e^(-N p), and F depends on u = N p alone, the number
+# of right answers to expect among N: F ≈ u / (e^u - 1). While p is far below 1/N, F is 1, and the example pulls as it does
+# under cross-entropy. At p = 1/N, F is 0.58; at 5/N it is 0.03: an example that N tries solve stops pulling, and the model
+# grows no surer of it than N tries need. So the loss limits confidence. With N = 1, F is 1: that is cross-entropy.
+#
+# Beyond 1/N, F is small but not zero, and Adam, which divides a gradient by its own recent size, makes full-size steps out
+# of small gradients. So training passes over an example that N tries already solve (F < 0.1, p beyond about 4/N) and
+# fills the batch with others, as the paper's own code does: see section 5.
 
 
 def dco_loss(log_p, N):
     """The limited loss (Direct Coverage Optimization): L_N = -log(1 - (1 - p)^N) of each example, in nats.
 
-    log_p: (B,) log-probabilities of the right answers, each the sum over the answer's tokens. Returns (B,), in the
-    dtype of log_p; take the mean and call backward. The loss itself is differentiated, so F comes of autograd (who
-    multiplies cross-entropy by F instead must detach F). Good to 1e-5 in float32 and 1e-12 in float64 (relative), with
-    a finite gradient, for N from 1 to 1,000,000 and log_p from 0 to -2000, where p itself has long underflowed.
-    Raises ValueError for N < 1. Source: arXiv 2502.07154."""
-    if N < 1:
-        raise ValueError(f"N is the number of tries, 1 or more; got {N}")
-    if N == 1:
-        return -log_p  # cross-entropy
-    x = in_float64(log_p)  # N log(1 - p) loses digits in float32
-    log_fail = N * log1mexp(x.clamp(-50, -1e-30))  # log (1 - p)^N
-    few = -x - math.log(N)  # where p < e^-50, 1 - (1 - p)^N is N p to the last digit
-    return torch.where(x < -50, few, -log1mexp(log_fail)).to(log_p)
-
-
-def in_float64(x):
-    return (x.cpu() if x.device.type == "mps" else x).double()  # Apple's GPUs have no float64
-
-
-def log1mexp(x):
-    """log(1 - e^x) for x < 0, by whichever of two forms does not cancel (Mächler 2012). The clamps keep the form
-    that is not chosen finite, since autograd multiplies its gradient by 0, and 0 · inf is nan."""
-    edge = -math.log(2)
-    return torch.where(x > edge, torch.log(-torch.expm1(x.clamp(min=edge))),
-                       torch.log1p(-torch.exp(x.clamp(max=edge))))
+    log_p: (B,) log-probabilities of the right answers, each the sum over the answer's tokens; N: a number, or (B,) one for
+    each example. Returns (B,), in the dtype of log_p: take the mean and call backward. Autograd supplies F. The relative
+    error is below 1e-5 in float32 and 1e-12 in float64, and the gradient finite, for N from 1 to 1,000,000 and log_p from 0
+    to -2000, where p itself has long underflowed. Raises ValueError for N < 1, and for log_p > 0, which is no
+    log-probability (a loss, perhaps: change its sign). Source: arXiv 2502.07154."""
+    x, N, log_fail = check_log_p(log_p, N)
+    loss = -log1mexp(N * log_fail)
+    loss = torch.where(x < -50, -x - torch.log(N), loss)  # where p < e^-50, 1 - (1 - p)^N is N p to the last digit
+    return torch.where(N == 1, -x, loss).to(log_p)
 
 
 def overconfidence_factor(log_p, N):
-    """F(N, p) = N p (1 - p)^(N-1) / (1 - (1 - p)^N) of each example, between 0 and 1: what is left of cross-entropy's
-    gradient under the limited loss, F = -d L_N / d log p. log_p: (B,); returns (B,), precise as `dco_loss` is.
+    """F(N, p) = N p (1 - p)^(N-1) / (1 - (1 - p)^N) of each example, from 1 down to 0: the share of cross-entropy's gradient
+    that the limited loss keeps, F = -d L_N / d log p. It is small where the model is surer than N tries need.
 
-    Training needs it only where p is an estimate: there it weights cross-entropy (see `Traces`)."""
-    if N == 1:
-        return torch.ones_like(log_p)
-    x = in_float64(log_p)
-    log_p_fail = log1mexp(x.clamp(-50, -1e-30))
-    log_factor = math.log(N) + x + (N - 1) * log_p_fail - log1mexp(N * log_p_fail)
-    return torch.where(x < -50, torch.ones_like(x), log_factor.exp()).to(log_p)
+    Arguments, precision and errors as in `dco_loss`. To weight cross-entropy by F yourself, detach F."""
+    x, N, log_fail = check_log_p(log_p, N)
+    factor = torch.exp(torch.log(N) + x + (N - 1) * log_fail - log1mexp(N * log_fail))
+    return torch.where((N == 1) | (x < -50), 1.0, factor).to(log_p)
 
 
-def coverage_loss(log_p, N):
-    """A third loss, not in the paper: -log of the batch's mean pass@N; the limited loss is the mean of -log pass@N.
+def check_log_p(log_p, N):
+    """log p, N and log(1 - p) in float64, since float32 would lose the digits of N log(1 - p)."""
+    if (log_p > 1e-3).any():
+        raise ValueError("log_p is a log-probability, 0 or less: is its sign lost?")
+    x = (log_p.cpu() if log_p.device.type == "mps" else log_p).double()  # Apple's GPUs have no float64
+    inside = torch.where(x > -1e-300, -1e-300, torch.where(x < -50, -50.0, x))  # a stand-in for p = 1 and p < e^-50
+    return x, check_tries(N).to(x.device), log1mexp(inside)
 
-    log_p: (B,). Returns a scalar, in log space throughout, so precise and finite wherever `dco_loss` is. Its gradient
-    weights each example by its share of the batch's pass@N besides F: it maximizes what the test counts, and gives up
-    the examples that cost too much of it."""
+
+def log1mexp(x):
+    """log(1 - e^x) for x < 0, by whichever of two forms does not cancel (Mächler 2012)."""
+    near_zero = x > -math.log(2)
+    by_expm1 = torch.log(-torch.expm1(torch.where(near_zero, x, -1.0)))
+    by_log1p = torch.log1p(-torch.exp(torch.where(near_zero, -1.0, x)))
+    return torch.where(near_zero, by_expm1, by_log1p)
+
+
+# Reinforcement learning with a verifier asks for something else: not the mean of log pass@N, but the mean of pass@N itself.
+# With N = 1 that is the mean of p, the usual reward. The difference is what happens to hard examples. The mean of -log
+# never gives an example up, however small its p. The mean of pass@N weighs each example by what it adds to that mean, so
+# it gives up what costs too much of it. That wins where answers can only be guessed; where they can be learned, the
+# limited loss's persistence wins. The disease is the same: with N = 1 the mean of p, too, makes a model overconfident.
+
+
+def reward_loss(log_p, N):
+    """-log of the batch's mean pass@N: the direction of what reinforcement learning for pass@N climbs, exactly.
+
+    log_p: (B,); N as in `dco_loss`. Returns a scalar, in log space throughout, so as precise and finite as `dco_loss`.
+    Raises ValueError as `dco_loss` does, and for an empty batch, which has no mean."""
+    if len(log_p) == 0:
+        raise ValueError("an empty batch has no mean pass@N")
     return math.log(len(log_p)) - torch.logsumexp(-dco_loss(log_p, N), dim=0)
+
+
+def pass_at_n_weights(num_samples, num_correct, N):
+    """The weight of each right try in an unbiased estimate of the gradient of pass@N, from n tries of which c are right:
+
+        ∇ pass@N ≈ Σ_right w ∇ log π(try),      w = N/n · C(n - c, N - 1) / C(n - 1, N - 1).
+
+    A wrong try weighs 0: the leave-one-out baseline is in it. w is N/n times the unbiased estimate of (1 - p)^(N-1), so a
+    right try counts as far as the N - 1 others would all have failed, the idea of F once more. With N = 1, w = 1/n: plain
+    REINFORCE. Arguments, shapes and errors as in `estimate_pass_at_n`. Source: Walder and Karkhanis 2025,
+    arXiv 2505.15201."""
+    num_correct = torch.as_tensor(num_correct).cpu()
+    estimate_pass_at_n(num_samples, num_correct, N)  # for its errors
+    if N == 1:
+        return torch.where(num_correct > 0, 1 / num_samples, 0.0).double()
+    others_solve = estimate_pass_at_n(num_samples - 1, (num_correct - 1).clamp(min=0), N - 1)
+    return torch.where(num_correct > 0, N / num_samples * (1 - others_solve), 0.0)
 
 
 LOSSES = {  # from the batch's log_p (B,) and N to the number that is minimized
     "ce": lambda log_p, N: -log_p.mean(),
     "limited": lambda log_p, N: dco_loss(log_p, N).mean(),
-    "coverage": coverage_loss,
+    "reward": reward_loss,
 }
 
 # ==== 3. A small GPT ======================================================================================
 #
 # The usual decoder: token and position embeddings, blocks of attention and MLP, logits for the next token. Attention is
-# written out, since for texts this short that is faster than PyTorch's own. Two more things are for speed and change no
-# number. `last`: where only the last few logits are wanted (the answer's), the last block computes only those. `cache`:
-# in sampling, the keys and values of past positions are kept, not computed anew.
+# written out, since for texts this short that is faster than PyTorch's own. Two more things save time and change no number.
+# `last`: where only the last few logits are wanted (the answer's), the last block computes only those. `cache`: sampling
+# keeps the keys and values of past positions instead of computing them anew.
 
 
 class Block(nn.Module):
@@ -217,474 +257,517 @@ def sample(model, prompts, num_new_tokens, temperature=1.0, generator=None):
     return torch.cat(texts)
 
 
-# ==== 4. Kinds of answers =================================================================================
+# ==== 4. From a model to p ================================================================================
 #
-# Training needs log p of each example, measuring needs p of each test problem, and how to have them depends on what
-# an answer is. All that depends on it stands here, in a class for each kind; the rest of this file knows no kind. Who
-# adds a kind writes such a class; who adds a task writes its function in toy_tasks.py, for `TASKS`, and its `SETTINGS`.
+# Training needs log p of its examples, differentiable; measuring needs p of problems. How to get them depends on what an
+# answer is. So each kind of answers is a class with these two duties, `log_p` and `measure`; the rest of this file knows no
+# kind. To add one, write such a class and enter it in `KINDS`; to add a task, write a function and enter it in `TASKS`, and
+# its settings in `SETTINGS`. exercises/language_model.py does all three from outside.
+#
+# One rule holds for every kind. Training pulls on what it is shown, be it an answer, a trace or the step of a proof, and F
+# depends on the p of a whole try, by whatever trace or proof. Where the two differ, log_p has the value of the try's log p
+# and the gradient of what is shown; the chain rule in the loss does the rest.
 
-TRIES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)  # pass@N is measured for these N, and for the run's own
+EVAL_NS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)  # pass@N is measured for these N, and for the run's own
 COLUMNS = (1, 8, 64, 512)  # and shown for these
 TEMPERATURES = (1.0, 0.7, 1.3, 1.6, 2.0, 2.5)
 
 
 class Answers:
-    """Short, and right in one form: one pass over prompt and answer gives p(y|x) = Π_t p(y_t | x, y_<t), and pass@N
-    follows for every N without sampling. Dividing the logits by T before the softmax gives, from the same pass, what
-    sampling at temperature T would reach."""
-    losses = None  # those that can be had, if not all
-    frontier = COLUMNS  # the N that --frontier trains with
-    goal = None  # the number of tries in the test that training aims at, where that is not N
-    shapes = ()  # what else is known of each test problem, for the run's file
-    pad, piece, every = PAD, 1000, 1  # behind answers; measured at once; confidence is of every 1st test problem
+    """Short answers, right in one form: one pass over prompt and answer gives p(y|x) = Π_t p(y_t | x, y_<t), and pass@N
+    follows for every N without sampling. With the logits divided by T, so it does for sampling at temperature T."""
+    plans = {"both": [{"loss": "ce"}, {"loss": "limited"}],  # what --loss both, --loss all and --frontier train
+             "all": [{"loss": loss} for loss in LOSSES],
+             "frontier": [{"loss": "ce"}, *({"loss": "limited", "N": N} for N in COLUMNS[1:])]}
 
     def __init__(self, task, settings, seed, device):
         self.task, self.settings, self.device = task, settings, device
         self.size = len(task.train[0])  # the number of training examples
-        self.shown = torch.arange(self.size)[:500]  # those of them that are measured
+        self.train_subset = torch.arange(self.size)[:500]  # those that are measured
         self.generator = torch.Generator(device).manual_seed(seed)
+        self.eval_Ns = sorted({*EVAL_NS, settings["N"], settings["tries"]})
 
     def new_model(self):
         s = self.settings
         return GPT(len(self.task.vocab), self.task.length, s["n_layer"], s["n_head"], s["n_embd"])
 
     def batches(self, generator):
-        """An epoch's batches: the numbers of all training examples in a random order, batch_size at a time."""
+        """An epoch's batches of examples, given by their indices: all of them in a random order."""
         return torch.randperm(self.size, generator=generator).split(self.settings["batch_size"])
 
-    def new_epoch(self, model, epoch, loss, N):
-        """What must be done before an epoch."""
-
-    def right(self, model, split, problems):
-        """The right answers (B, A) of problems, given by their numbers, and the logits that predict their tokens."""
-        x, y, *allowed = (tensor[problems].to(self.device) for tensor in getattr(self.task, split))
-        return answer_logits(model, x, y, *allowed), y
-
-    def greedy(self, model, split, problems):
-        """The model's own greedy answers to problems (B, A), and the logits that predict their tokens."""
-        x, y = (tensor[problems].to(self.device) for tensor in getattr(self.task, split))
-        y = until_end(sample(model, x, y.shape[1], temperature=0), END, self.pad)
-        return answer_logits(model, x, y), y
+    def new_epoch(self, model, epoch, N):
+        """What must be done before an epoch, and before its measurement."""
 
     def log_p(self, model, batch):
-        """log p of a batch (B,) of numbers of training examples: (B,), to be differentiated."""
-        return answer_log_p(*self.right(model, "train", batch), pad=self.pad)
+        """log p of a batch (B,) of training examples, given by their indices: (B,), differentiable."""
+        x, y = (tensor[batch].to(self.device) for tensor in self.task.train)
+        return answer_log_p(answer_logits(model, x, y), y)
 
     def objective(self, model, batch, loss, N):
         """The number that training minimizes."""
         return LOSSES[loss](self.log_p(model, batch), N)
 
-    @torch.no_grad()
+    def problems(self, split):
+        """The prompts and answers that are measured: all test problems, or some training problems."""
+        some = self.train_subset if split == "train" else slice(None)
+        return [tensor[some].to(self.device) for tensor in getattr(self.task, split)]
+
     def measure(self, model, split, temperatures):
-        """{temperature: (p, confidence, number of samples)} of the test problems, or (split "train") of some training
-        problems. p and confidence: (P,) float64 on the CPU, the probability that a sample is right, and that it is the
-        model's own greedy answer; exact, and the number None, or the shares among that number of samples."""
-        problems, values = self.shown if split == "train" else torch.arange(len(self.task.test[0])), []
-        for answers, some in ((self.right, problems), (self.greedy, problems[::self.every if split == "test" else 1])):
-            log_p = [[answer_log_p(logits, y, T, self.pad) for T in temperatures]
-                     for logits, y in (answers(model, split, piece) for piece in some.split(self.piece))]
-            values.append([torch.cat(parts).cpu().double().exp() for parts in zip(*log_p)])
-        return {T: (*both, None) for T, *both in zip(temperatures, *values)}
+        """{temperature: (p, confidence, number of samples)} of the problems of a split.
 
-    def rivals(self):
-        """{name: N -> pass@N} of rivals that learn nothing of the single problem: here, guessers who never read the
-        question. They know how often each answer is right in training, p, and sample from a policy."""
-        policies = {"blind, training frequencies": lambda p, N: p, "blind, optimal": optimal_policy,
-                    "blind, where the limited loss tends": limited_policy} if self.task.guesses is not None else {}
-        return {name: functools.partial(blind_pass_at_n, self.task, policy) for name, policy in policies.items()}
+        p and confidence: (P,) float64 on the CPU, the probability that a sample is right, and that it is the model's own
+        greedy answer. Both are exact, and the number of samples is None, or they are shares among that number."""
+        x, y = self.problems(split)
+        greedy = mask_after_end(sample(model, x, y.shape[1], temperature=0))
+        result = {T: [] for T in temperatures}
+        for answers in (y, greedy):
+            logits = torch.cat([answer_logits(model, *part) for part in zip(x.split(1000), answers.split(1000))])
+            for T in temperatures:
+                result[T].append(answer_log_p(logits, answers, T).double().exp().cpu())
+        return {T: (*both, None) for T, both in result.items()}
 
-    def example(self, model):
-        """Something that the model did, as text, to print at the end."""
-        return ""
+    def baselines(self):
+        """{name: N -> pass@N} of baselines that never see the question. Here they are guessers: they know how often each
+        answer is right in training, p, and sample from a policy."""
+        if self.task.answer_frequencies is None:
+            return {}
+        return {"guess by frequency": partial(guess_pass_at_n, self.task, lambda p, N: p),
+                "guess as limited tends": partial(guess_pass_at_n, self.task, limited_policy),
+                "guess optimally": partial(guess_pass_at_n, self.task, optimal_policy)}
+
+    def shapes(self):
+        """{name: …} of what else is known of each test problem, for the run's file."""
+        return {}
+
+    def show_tries(self, model, num_tries):
+        """What tries at the first three test problems give: [(problem, number of right tries, tries as text), …]."""
+        x, y = (tensor[:3] for tensor in self.problems("test"))
+        final = -(self.task.answer_length or y.shape[1])
+        generator = torch.Generator(x.device).manual_seed(0)
+        tries = sample(model, x.repeat_interleave(num_tries, dim=0), y.shape[1], generator=generator)
+        result = []
+        for prompt, answer, own in zip(x, y, mask_after_end(tries).split(num_tries)):
+            right, texts = self.text(answer[final:]), [self.text(tokens[final:]) for tokens in own]
+            result.append((self.text(prompt) + right, texts.count(right), texts))
+        return result
+
+    def text(self, tokens):
+        return "".join(self.task.vocab[token] for token in tokens if token > END)
 
 
-def answer_logits(model, prompts, answers, allowed=None):
-    """The logits (B, A, vocab_size) that predict the answers' tokens, each with the right ones before it. Where allowed
-    (B, vocab_size) is given, no other token gets any probability."""
-    logits = model(torch.cat([prompts, answers[:, :-1]], dim=1), last=answers.shape[1])
-    return logits if allowed is None else logits.masked_fill(~allowed[:, None], -torch.inf)
+def answer_logits(model, prompts, answers):
+    """The logits (B, A, vocab_size) that predict the tokens of answers (B, A), each with the right ones before it."""
+    return model(torch.cat([prompts, answers[:, :-1]], dim=1), last=answers.shape[1])
 
 
-def answer_log_p(logits, answers, temperature=1.0, pad=PAD):
-    """log p(y|x) = Σ_t log p(y_t | x, y_<t): (B,), from `answer_logits`. Padding behind the answers counts nothing."""
+def answer_log_p(logits, answers, temperature=1.0, ignore_index=PAD):
+    """log p(y|x) = Σ_t log p(y_t | x, y_<t): (B,), from `answer_logits`. Padding after the answer is ignored."""
     logits = logits if temperature == 1 else logits / temperature
-    return -F.cross_entropy(logits.flatten(0, 1), answers.flatten(), ignore_index=pad,
-                            reduction="none").view(answers.shape).sum(dim=1)
+    losses = F.cross_entropy(logits.flatten(0, 1), answers.flatten(), ignore_index=ignore_index, reduction="none")
+    return -losses.view(answers.shape).sum(dim=1)
 
 
-def until_end(sampled, end, pad):
-    """Sampled tokens (B, A), padded behind the first end: what comes there is no answer any more."""
+def mask_after_end(sampled, end=END, filling=PAD):
+    """Sampled tokens (B, A), with filling after the first end token: what follows it is no part of the answer."""
     is_end = sampled == end
-    return sampled.masked_fill(is_end.cumsum(dim=1) - is_end.long() > 0, pad)
+    return sampled.masked_fill(is_end.cumsum(dim=1) - is_end.long() > 0, filling)
 
 
-def blind_pass_at_n(task, policy, N):
+def guess_pass_at_n(task, policy, N):
     """The test set's pass@N of a guesser who samples from policy(p, N), p the answers' frequencies in training."""
-    q = torch.as_tensor(policy(task.guesses.numpy(), N))
-    return pass_at_n(torch.where(task.test_guess >= 0, q[task.test_guess], 0.0), N).mean().item()
+    q = torch.as_tensor(policy(task.answer_frequencies.numpy(), N))
+    index = task.test_answer_index
+    return pass_at_n(torch.where(index >= 0, q[index], 0.0), N).mean().item()
 
 
-class Pretrained(Answers):
-    """Answers of a language model that has read before, in its own tokens. A question is read once, by the model as it
-    came, and what its layers keep of it for later tokens, keys and values, is stored. Trained are the upper `n_layer`
-    layers, where they write the answer: so a step costs no more than the answers' few tokens. Problems come in the
-    order of their length, and a batch's questions are of about equal length, for they are padded in front."""
-    pad, piece, every = NO_TOKEN, 50, 5
-
-    def __init__(self, task, settings, seed, device):
-        self.task, self.settings, self.device, self.size = task, settings, device, len(task.train[0])
-        self.shown, self.read, self.prompt_caches = torch.arange(self.size)[::max(1, self.size // 100)], {}, {}
-        for split, (prompts, y) in (("train", task.train), ("test", task.test)):
-            texts = tuple(x + tuple(answer) for x, answer in zip(prompts, y[:, :-1].clamp(min=0).tolist()))
-            self.read[split] = read(task.model, settings["n_layer"], device, texts, y.shape[1])
-
-    def new_model(self):
-        model = copy.deepcopy(language_model(self.task.model)[0]).requires_grad_(False)
-        model.model.layers[-self.settings["n_layer"]:].float().requires_grad_(True)
-        return model
-
-    def batches(self, generator):
-        order = torch.arange(self.size) + 0.1 * self.size * torch.rand(self.size, generator=generator)
-        batches = order.argsort().split(self.settings["batch_size"])
-        return [batches[i] for i in torch.randperm(len(batches), generator=generator)]
-
-    def right(self, model, split, problems):
-        from transformers import DynamicCache
-        y = getattr(self.task, split)[1][problems].to(self.device)
-        states, kept = zip(*(self.read[split][i] for i in problems))
-        lengths, x = torch.tensor([k.shape[-2] for k in kept], device=y.device)[:, None], torch.stack(states).float()
-        T, places = lengths.max().item(), torch.arange(y.shape[1], device=y.device)
-        keys_at = torch.arange(-T, y.shape[1], device=y.device)
-        unseen = (keys_at < -lengths)[:, None, None] | (keys_at > places[:, None])  # padding and the future, (B, 1, A, T + A)
-        mask = torch.where(unseen, -torch.inf, 0.0)
-        with mixed_precision(model):
-            cache, rotary = DynamicCache(), model.model.rotary_emb(x, lengths + places)
-            kept = torch.stack([F.pad(k, (0, 0, T - k.shape[-2], 0)) for k in kept], dim=2).to(model.dtype)
-            for layer, (keys, values) in zip(model.model.layers[-len(kept):], kept):
-                cache.update(keys, values, layer.self_attn.layer_idx)
-                x = layer(x, attention_mask=mask, position_embeddings=rotary, past_key_values=cache)
-            return model.lm_head(model.model.norm(x)).float(), y
-
-    def greedy(self, model, split, problems):  # in transformers' own loop
-        (prompts, y), (original, tokenizer) = getattr(self.task, split), language_model(self.task.model)
-        x = [torch.tensor(prompts[i][::-1], device=self.device) for i in problems]
-        x = nn.utils.rnn.pad_sequence(x, batch_first=True, padding_value=NO_TOKEN).flip(1)  # padded in front
-        mask, end, key = (x != NO_TOKEN).long(), tokenizer.eos_token_id, (split, problems[0].item())
-        with mixed_precision(model):
-            if key not in self.prompt_caches:  # of all but a prompt's last token
-                positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
-                out = original.model(x[:, :-1].clamp(min=0), mask[:, :-1], positions[:, :-1])
-                self.prompt_caches[key] = out.past_key_values
-            out = model.generate(x.clamp(min=0), attention_mask=mask, do_sample=False, max_new_tokens=y.shape[1],
-                                 past_key_values=copy.deepcopy(self.prompt_caches[key]), eos_token_id=end,
-                                 pad_token_id=end, output_logits=True, return_dict_in_generate=True)
-        return torch.stack(out.logits, dim=1).float(), until_end(out.sequences[:, x.shape[1]:], end, NO_TOKEN)
-
-
-@functools.lru_cache(2)  # of the training problems and the test's: the same for every loss and seed
-@torch.no_grad()
-def read(name, num_trained, device, texts, A):
-    """What a language model, as it came, makes of texts whose last A places are the answer's: there the states before
-    its last num_trained layers, (A, C), and before that place these layers' keys and values, (num_trained, 2, heads, T,
-    head size); in bfloat16."""
-    model, result = language_model(name)[0].to(device), []
-    for i in tqdm(range(0, len(texts), 32), desc="reading the questions, once"):
-        tokens = [torch.tensor(text, device=device) for text in texts[i:i + 32]]
-        with mixed_precision(model):
-            out = model.model(nn.utils.rnn.pad_sequence(tokens, batch_first=True), output_hidden_states=True)
-        for row, text in enumerate(tokens):
-            kept = [torch.stack([layer.keys[row, :, :len(text) - A], layer.values[row, :, :len(text) - A]])
-                    for layer in out.past_key_values.layers[-num_trained:]]
-            states = out.hidden_states[-1 - len(kept)][row, len(text) - A:len(text)].clone()
-            result.append((states.bfloat16(), torch.stack(kept).bfloat16()))
-    return result
-
-
-def mixed_precision(model):
-    """A model that was loaded in bfloat16 computes in it; the trained layers' weights and the loss stay in float32."""
-    return torch.autocast(model.device.type, torch.bfloat16, enabled=model.dtype == torch.bfloat16)
+def with_value(log_p, value):
+    """A tensor with log_p's gradient and another value."""
+    return value.detach().to(log_p) + (log_p - log_p.detach())
 
 
 class Traces(Answers):
-    """Reasoning, and then the answer, the last `final` tokens, which alone count. So p is a sum over all traces, too
-    many to go through: n traces are sampled, c of them are right, p̂ = c / n, and pass@N is estimated.
+    """Reasoning first, then the answer, the last `answer_length` tokens, which alone count. So p sums over all traces, too
+    many to enumerate. In the test, n traces are sampled, c of them are right, and pass@N is estimated.
 
-    In training, autograd has only the log p of the one trace that is trained on. The limited loss is then the paper's
-    approximate one: F(N, p̂) times that trace's cross-entropy, with `traces` traces sampled for each training problem,
-    anew every `interval` epochs. With p̂ = 0, F is 1."""
-    losses = ("ce", "limited")  # others are not F(N, p̂) times cross-entropy
-    samples = {1.0: 128, 1.3: 64}  # traces of each test problem, at each temperature
+    Training knows p(the given trace) exactly, from the pass that it makes anyway. To it the share of sampled traces is
+    added that are right and differ from it: `num_traces` for each training problem, anew every `resample_every` epochs."""
+    num_samples = {1.0: 128, 1.3: 64}  # of each test problem, at each temperature
 
-    def new_epoch(self, model, epoch, loss, N):
-        if epoch % self.settings["interval"] == 0:
-            self.weights = torch.ones(self.size, device=self.device)
-            if loss != "ce":
-                x, y = (tensor.to(self.device) for tensor in self.task.train)
-                _, right = right_traces(model, x, y, self.task, self.settings["traces"], 1.0, self.generator)
-                self.weights = overconfidence_factor(right.float().mean(dim=1).log(), N)
+    def __init__(self, task, settings, seed, device):
+        super().__init__(task, settings, seed, device)
+        self.train_subset = self.train_subset[:100]
+        self.other_share = torch.zeros(self.size, device=device)
 
-    def objective(self, model, batch, loss, N):
-        return LOSSES["ce"](self.weights[batch] * self.log_p(model, batch), N)
+    def new_epoch(self, model, epoch, N):
+        if N > 1 and epoch % self.settings["resample_every"] == 0:
+            x, y = (tensor.to(self.device) for tensor in self.task.train)
+            traces = self.sample_traces(model, x, self.settings["num_traces"], 1.0, self.generator)
+            is_given = (traces == y[:, None]).all(dim=2)
+            self.other_share = (self.same_answer(traces, y) & ~is_given).float().mean(dim=1)
+
+    def log_p(self, model, batch):
+        given, others = super().log_p(model, batch), self.other_share[batch]
+        p = (given.exp() + others).clamp(max=1)
+        return with_value(given, torch.where(others > 0, p.log(), given))
 
     def measure(self, model, split, temperatures):
-        x, y = (tensor[:100 if split == "train" else None].to(self.device) for tensor in getattr(self.task, split))
-        greedy = sample(model, x, y.shape[1], temperature=0)[:, None, -self.task.final:]
-        generator, result = torch.Generator(x.device).manual_seed(0), {}  # the same luck for every model
-        for T in filter(self.samples.get, temperatures):
-            traces, right = right_traces(model, x, y, self.task, self.samples[T], T, generator)
-            sure = (traces[..., -self.task.final:] == greedy).all(dim=2)
-            result[T] = *(share.cpu().double().mean(dim=1) for share in (right, sure)), self.samples[T]
+        x, y = self.problems(split)
+        greedy = sample(model, x, y.shape[1], temperature=0)
+        generator = torch.Generator(x.device).manual_seed(0)  # the same random numbers for every model
+        result = {}
+        for T in filter(self.num_samples.get, temperatures):
+            traces = self.sample_traces(model, x, self.num_samples[T], T, generator)
+            p, confidence = (self.same_answer(traces, one).double().mean(dim=1).cpu() for one in (y, greedy))
+            result[T] = p, confidence, self.num_samples[T]
         return result
 
-    def example(self, model):
-        """A right trace for the first of some test problems that has one among 64 sampled ones."""
-        x, y = (tensor[:50].to(self.device) for tensor in self.task.test)
-        traces, right = right_traces(model, x, y, self.task, 64, 1.0, self.generator)
-        for problem, trace in right.nonzero()[:1]:
-            tokens = [*x[problem], *traces[problem, trace]]
-            return "A test problem and a right trace: " + "".join(self.task.vocab[token] for token in tokens)
-        return ""
+    def sample_traces(self, model, x, number, temperature, generator):
+        """(P, number, A)"""
+        length = self.task.train[1].shape[1]
+        traces = sample(model, x.repeat_interleave(number, dim=0), length, temperature, generator)
+        return traces.view(len(x), number, length)
+
+    def same_answer(self, traces, trace):
+        """Which of the traces (P, number, A) end in the same answer as one trace (P, A) does: (P, number)."""
+        final = -self.task.answer_length
+        return (traces[..., final:] == trace[:, None, final:]).all(dim=2)
 
 
-def right_traces(model, prompts, answers, task, num_samples, temperature, generator):
-    """num_samples traces of each problem (P, num_samples, A), and which of them are right (P, num_samples)."""
-    traces = sample(model, prompts.repeat_interleave(num_samples, dim=0), answers.shape[1], temperature, generator)
-    traces = traces.view(len(prompts), num_samples, -1)
-    return traces, (traces[..., -task.final:] == answers[:, None, -task.final:]).all(dim=2)
+class Searches(Answers):
+    """Whole attempts at theorems, judged by the kernel; no proof is shown. A theorem has few states, so p, that an attempt
+    proves it, is exact and differentiable, by dynamic programming: N is attempts. The greedy attempt takes the likeliest
+    tactic in every state. The confidence is the probability of all its choices, whether they prove the theorem or not.
 
+    What is compared is the reward loss, which reinforcement learning with a verifier estimates; here it has no variance.
+    With `reinforce` it is estimated as there, from so many sampled attempts at each theorem of the batch."""
+    plans = {"both": [{"loss": "reward", "N": 1}, {"loss": "reward"}],
+             "all": [{"loss": "reward", "N": 1}, {"loss": "reward"}, {"loss": "limited"}],
+             "frontier": [{"loss": "reward", "N": N} for N in COLUMNS]}
 
-class Steps(Answers):
-    """The steps of proofs: a state, and the tactic that the known proof uses there. The loss is applied to each, with
-    an N for a step, far below the number of attempts, which is what the test counts. A test theorem's p sums over all
-    its proofs, exactly. The greedy attempt takes the likeliest tactic in every state, and the confidence is the
-    probability of all its choices, whether it proves the theorem or not."""
-    frontier, goal, shapes = (1, 2, 4, 8), 64, ("length", "branching", "blind")
+    def __init__(self, task, settings, seed, device):
+        super().__init__(task, settings, seed, device)
+        self.size = self.num_theorems = len(task.train.theorems)
+        self.train_subset = torch.arange(self.size)
+        self.generator = torch.Generator().manual_seed(seed)  # attempts are walked through on the CPU
 
-    @torch.no_grad()
+    def log_p(self, model, batch):
+        table = part_of(self.task.train, batch)
+        return proof_p(tactic_logits(model, table).softmax(dim=1), table).clamp(min=1e-300).log()
+
+    def objective(self, model, batch, loss, N):
+        num_attempts = self.settings.get("reinforce")
+        if not num_attempts:
+            return super().objective(model, batch, loss, N)
+        if loss != "reward":
+            raise ValueError(f"--reinforce estimates the gradient of --loss reward, not of {loss}")
+        table = part_of(self.task.train, batch)
+        log_policy = tactic_logits(model, table).log_softmax(dim=1)
+        is_proved, attempts, rows, tactics = sample_attempts(log_policy.exp(), table, num_attempts, self.generator)
+        log_pi = torch.zeros(is_proved.numel(), dtype=torch.float64)  # of an attempt, the sum over its choices:
+        log_pi = log_pi.index_add(0, attempts, log_policy[rows, tactics]).view_as(is_proved)
+        weights = pass_at_n_weights(num_attempts, is_proved.sum(dim=1), N)
+        return -(weights[:, None] * is_proved * log_pi).sum(dim=1).mean()
+
     def measure(self, model, split, temperatures):
-        table = self.task.test if split == "test" else self.task.train_table
+        table = self.task.test if split == "test" else part_of(self.task.train, torch.arange(self.num_theorems)[:100])
         logits, result = tactic_logits(model, table), {}
         for T in temperatures:
-            policy = F.softmax(logits / T, dim=-1)
-            greedy = policy * F.one_hot(policy.argmax(dim=-1), policy.shape[1])
+            policy = (logits / T).softmax(dim=1)
+            greedy = policy * F.one_hot(policy.argmax(dim=1), policy.shape[1])
             result[T] = proof_p(policy, table), proof_p(greedy, table, failure=1.0), None
         return result
 
-    def rivals(self):
+    def baselines(self):
         return {"blind search": lambda N: pass_at_n(self.task.test.blind, N).mean().item()}
 
-    @torch.no_grad()
-    def example(self, model):
-        return show_proof(F.softmax(tactic_logits(model, self.task.test), dim=-1), self.task.test)
+    def shapes(self):
+        return {name: getattr(self.task.test, name).tolist() for name in ("length", "branching", "blind")}
+
+    def show_tries(self, model, num_tries):
+        policy = tactic_logits(model, self.task.test).softmax(dim=1)
+        return show_attempts(policy, self.task.test, num_tries, torch.Generator().manual_seed(0))
 
 
-class Searches(Steps):
-    """Whole attempts at theorems, judged by the kernel; no proof is shown. A theorem has few states, so p, that an
-    attempt proves it, is exact and differentiable, and the loss is that of p itself: N is attempts. With N = 1 it is
-    -log p, cross-entropy's counterpart, which rewards every proof instead of a given one. Reinforcement learning with
-    a verifier estimates this gradient of pass@N from sampled attempts; here it is exact: no baseline, no variance."""
-    frontier, goal = COLUMNS, None
+class Steps(Searches):
+    """Imitation of a known proof, step by step: an example is a state of it and the tactic used there. p of an attempt at
+    the theorem, by whatever proof, is exact for the training theorems too, renewed every epoch.
+
+    With `per_step`, the paper's step-wise loss: p is that of the step, and N its effective N, far below the attempts."""
+    plans = Answers.plans | {
+        "frontier": Answers.plans["frontier"] + [{"loss": "limited", "N": N, "per_step": True} for N in (2, 4, 8)]}
 
     def __init__(self, task, settings, seed, device):
-        self.task, self.settings, self.size = task, settings, len(task.train.theorems)
-        self.shown = torch.arange(self.size)
+        super().__init__(task, settings, seed, device)
+        self.size = len(task.steps)
+        self.train_subset = torch.arange(self.size)
+        self.theorem_log_p = None
+
+    def new_epoch(self, model, epoch, N):
+        if N > 1 and not self.settings["per_step"]:
+            with torch.no_grad():
+                self.theorem_log_p = super().log_p(model, torch.arange(self.num_theorems))
 
     def log_p(self, model, batch):
-        table = part_of(self.task.train, batch.tolist())
-        return proof_p(F.softmax(tactic_logits(model, table), dim=-1), table).clamp(min=1e-300).log()
+        theorem, row, tactic = self.task.steps[batch].unbind(dim=1)
+        if self.theorem_log_p is not None and not torch.is_grad_enabled():
+            return self.theorem_log_p[theorem]
+        step = -F.cross_entropy(tactic_logits(model, self.task.train, row), tactic, reduction="none")
+        return step if self.theorem_log_p is None else with_value(step, self.theorem_log_p[theorem])
 
 
-def tactic_logits(model, table):
-    """The tactics' logits in all states of a `ProofTable`: (S, vocab_size), float64, -inf where one does not apply."""
-    prompts = table.prompts.to(model.head.weight.device)
+def tactic_logits(model, table, rows=slice(None)):
+    """The tactics' logits in the states of a `ProofTable`: (S, vocab_size), float64, -inf where one does not apply."""
+    prompts = table.prompts[rows].to(model.head.weight.device)
     logits = torch.cat([model(x, last=1)[:, 0] for x in prompts.split(250)])
-    return logits.cpu().double().masked_fill(~table.applicable, -torch.inf)
+    return logits.cpu().double().masked_fill(~table.applicable[rows], -torch.inf)
 
 
-KINDS = {"answers": Answers, "pretrained": Pretrained, "traces": Traces, "steps": Steps, "searches": Searches}
+KINDS = {"answers": Answers, "traces": Traces, "searches": Searches, "steps": Steps}
 
 # ==== 5. Training =========================================================================================
 #
-# One loop for every loss and task. A run is a plain dictionary, saved after every evaluation.
+# One loop for every loss and kind. Each setting is a flag of the command line, as in --learning-rate 3e-3, and is the same
+# for every loss.
 
-# The same for every loss. N is the limited loss's: for the whole answer, in `prove` for each step. Adam divides a
-# gradient by its own recent size, and so undoes what F does where *every* example is nearly solved, as most steps of
-# proofs are: there an eps far above the usual one lets small gradients make small steps.
-DEFAULTS = dict(N=64, evaluations=12, batch_size=50, weight_decay=0.0, eps=1e-8, n_layer=2, n_head=4, n_embd=64)
+DEFAULTS = {"N": 64, "tries": 64, "epochs": 100, "evaluations": 10, "batch_size": 50, "learning_rate": 3e-3,
+            "weight_decay": 0.0, "eps": 1e-3, "pass_over": 0.1, "n_layer": 2, "n_head": 4, "n_embd": 64}
 SETTINGS = {
-    "multiply": DEFAULTS | dict(epochs=60, learning_rate=1e-3, batch_size=100, n_embd=128),
-    "cot": DEFAULTS | dict(epochs=80, evaluations=8, learning_rate=3e-3, traces=32, interval=2),
-    "prove": DEFAULTS | dict(epochs=40, learning_rate=3e-3, eps=1e-3, N=4),
-    "search": DEFAULTS | dict(epochs=8, evaluations=4, learning_rate=3e-3, batch_size=10),
-    "math": DEFAULTS | dict(epochs=8, learning_rate=2e-3, n_embd=128),
-    "math-lm": dict(model="SmolLM2-135M-Instruct.Q4_1.gguf", N=64, epochs=8, evaluations=8, batch_size=32,
-                    learning_rate=5e-4, weight_decay=0.0, eps=1e-8, n_layer=10),  # layers that are trained
+    "multiply": DEFAULTS | {"batch_size": 100, "learning_rate": 2e-3},
+    "cot": DEFAULTS | {"epochs": 80, "evaluations": 8, "num_traces": 32, "resample_every": 2},
+    "prove": DEFAULTS | {"epochs": 40, "per_step": False},
+    "search": DEFAULTS | {"epochs": 8, "evaluations": 4, "batch_size": 10, "reinforce": 0},
+    "math": DEFAULTS | {"epochs": 8, "evaluations": 8, "learning_rate": 2e-3, "n_embd": 128, "math_dir": ""},
+}
+HELP = {
+    "N": "tries that the loss trains for",
+    "tries": "tries that tables and figures show",
+    "evaluations": "about so many, equally far apart",
+    "learning_rate": "at its peak",
+    "eps": "Adam's; far above the usual 1e-8, so that small gradients make small steps",
+    "pass_over": "the limited loss passes over examples with F(N, p) below this; 0: over none",
+    "n_embd": "the model's width",
+    "num_traces": "sampled for each training problem, to estimate p",
+    "resample_every": "epochs from one such sample to the next",
+    "per_step": "the limited loss of each step of a proof; N is then a step's",
+    "reinforce": "estimate the gradient from so many attempts at each theorem; 0: exact",
+    "math_dir": "folder of the MATH dataset; without it, the datasets package fetches it",
 }
 
 
-def train(task, loss="limited", N=None, seed=0, device="cpu", out=None, **changes):
-    """Train a new model on a task and measure it as it learns. Returns the run (see the README) and the model.
+def train(task, loss="limited", N=None, seed=0, device="cpu", out=None, place=0, **changes):
+    """Train a new model on a task, and measure it as it learns. Returns the run, a dictionary (see the README), and the
+    model. `changes` are to the task's `SETTINGS`: epochs=10. Cross-entropy is trained with N = 1, whatever is given.
 
-    With loss "ce" the training N is 1, and the N that is given only another pass@N that is measured. Where a folder
-    `out` is given the run is saved there after every evaluation. `changes` are to the task's `SETTINGS`: epochs=10."""
+    Into the folder `out`, if given, the run is saved: as *.partial after every evaluation, as *.json at the end. `place` is
+    the line of its progress bar. Raises FloatingPointError where training diverges."""
     settings = SETTINGS[task.name] | changes
-    goal, epochs = N or settings["N"], settings["epochs"]
-    N, tries = 1 if loss == "ce" else goal, sorted({*TRIES, goal})
+    settings["N"] = N or settings["N"]
+    N = 1 if loss == "ce" else settings["N"]
     torch.manual_seed(seed)  # the same first weights and the same order of examples for every loss
-    order, kind = torch.Generator().manual_seed(seed), KINDS[task.kind](task, settings, seed, device)
+    order = torch.Generator().manual_seed(seed)
+    kind = KINDS[task.kind](task, settings, seed, device)
     model = kind.new_model().to(device)
-    num_steps = epochs * math.ceil(kind.size / settings["batch_size"]) or 1
-    optimizer = torch.optim.AdamW(model.parameters(), lr=settings["learning_rate"], betas=(0.9, 0.99),
-                                  eps=settings["eps"], weight_decay=settings["weight_decay"], fused=True)
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step:  # up over 5 %, then a cosine down to 0.1
-        min(1, 0.01 + step / (0.05 * num_steps)) * (0.55 + 0.45 * math.cos(math.pi * step / num_steps)))
+    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.99), eps=settings["eps"],
+                                  weight_decay=settings["weight_decay"], fused=True)
+    epochs, batch_size = settings["epochs"], settings["batch_size"]
+    num_batches = math.ceil(kind.size / batch_size)
+    run = new_run(kind, loss, N, seed)
+    waiting, updates, start = torch.empty(0, dtype=torch.long), 0, time.perf_counter()
 
-    run = {"task": task.name, "loss": loss, "N": N, "seed": seed, "config": settings | {"N": N, "device": device},
-           "rivals": {name: {f"pass@{n}": rival(n) for n in tries} for name, rival in kind.rivals().items()},
-           "history": [], "problems": {}}
-    start, shown = time.perf_counter(), ("pass@1", f"pass@{kind.goal or goal}", "confidence")
-    with tqdm(total=num_steps, desc=f"{task.name} {label_of(run)}, seed {seed}") as bar:
+    name = f"{run['label']}, seed {seed}"
+    with tqdm(None, name, epochs * num_batches, leave=False, position=place, disable=sys.stderr is None) as bar:
         for epoch in range(epochs + 1):
-            kind.new_epoch(model, epoch, loss, N)
-            if epoch == epochs or epoch % math.ceil(epochs / settings["evaluations"]) == 0:
-                with torch.no_grad():
-                    value = kind.objective(model, kind.shown, loss, N).item()
-                measured = kind.measure(model, "test", TEMPERATURES)
-                tempered = {f"{T:g}": summary(*values, tries) for T, values in measured.items()}
-                run["history"].append({"epoch": epoch, "loss": value, "seconds": round(time.perf_counter() - start, 2),
-                                       "test": tempered["1"], "tempered": tempered,
-                                       "train": summary(*kind.measure(model, "train", [1.0])[1.0], tries)})
-                run["problems"] = {"p": measured[1.0][0].tolist(), "confidence": measured[1.0][1].tolist()}
-                run["problems"] |= {name: getattr(task.test, name).tolist() for name in kind.shapes}
-                if epoch == epochs:
-                    run["example"] = kind.example(model)
-                if out:
-                    save(run, Path(out) / path_of(run))
-                bar.set_postfix_str(f"epoch {epoch}, loss {value:.2f}, " + ", ".join(
-                    f"{key} {tempered['1'][key]:.3f}" for key in shown if key in tempered["1"]))
+            kind.new_epoch(model, epoch, N)
+            if epoch in evaluated_epochs(settings):
+                seconds = round(time.perf_counter() - start, 2)
+                record = {"epoch": epoch, "seconds": seconds, "updates": updates} | evaluate(kind, model, loss, N)
+                add_record(run, record, f"pass@{settings['tries']}")
+                bar.set_postfix_str(f"loss {record['loss']:.2f}, {updates} updates")
+                save(run, out, finished=epoch == epochs)
             if epoch == epochs:
-                break
-            for batch in kind.batches(order):
-                optimizer.zero_grad()
-                kind.objective(model, batch, loss, N).backward()
-                optimizer.step()
-                scheduler.step()
+                return run, model
+            for i, candidates in enumerate(kind.batches(order)):
+                for group in optimizer.param_groups:
+                    group["lr"] = settings["learning_rate"] * schedule((epoch + i / num_batches) / epochs)
+                waiting = torch.cat([waiting, still_pulling(kind, model, candidates, loss, N)])
+                if len(waiting) >= len(candidates):  # enough for a full batch
+                    batch, waiting = waiting[:batch_size], waiting[batch_size:]
+                    optimizer.zero_grad()
+                    kind.objective(model, batch, loss, N).backward()
+                    optimizer.step()
+                    updates += 1
                 bar.update()
-    return run, model
 
 
-def summary(p, confidence, num_samples, tries):
-    """{"pass@1": …, "confidence": …, "log_p": …}: means over the problems, of what `measure` gives for one temperature.
-    From samples there is no log p, and no pass@N for more tries than samples."""
+def schedule(progress):
+    """The learning rate's share of its peak: up over the first 5 % of training, then a cosine down to a tenth."""
+    warm_up = min(1, 0.01 + progress / 0.05)
+    return warm_up * (0.55 + 0.45 * math.cos(math.pi * progress))
+
+
+@torch.no_grad()
+def still_pulling(kind, model, batch, loss, N):
+    """Those examples of a batch that N tries do not solve yet: F(N, p) >= `pass_over`. The others are passed over."""
+    threshold = kind.settings["pass_over"]
+    if loss != "limited" or N == 1 or threshold == 0:
+        return batch
+    factor = overconfidence_factor(kind.log_p(model, batch), N)
+    return batch[factor.cpu() >= threshold]
+
+
+def evaluated_epochs(settings):
+    interval = math.ceil(settings["epochs"] / settings["evaluations"])
+    return [*range(0, settings["epochs"], interval or 1), settings["epochs"]]
+
+
+@torch.no_grad()
+def evaluate(kind, model, loss, N):
+    """The model's measurements: what a record of a run's history holds, and p, confidence and tries of test problems."""
+    if not all(parameter.isfinite().all() for parameter in model.parameters()):
+        raise FloatingPointError("diverged: try a smaller --learning-rate or --weight-decay")
+    loss_value = LOSSES[loss](kind.log_p(model, kind.train_subset), N).item()
+    test = kind.measure(model, "test", TEMPERATURES)
+    train = kind.measure(model, "train", [1.0])
+    by_temperature = {f"{T:g}": means(*test[T], kind.eval_Ns) for T in test}
+    return {"loss": loss_value, "test": by_temperature["1"], "train": means(*train[1.0], kind.eval_Ns),
+            "tempered": by_temperature, "problems": test[1.0][:2], "example": kind.show_tries(model, 64)}
+
+
+def means(p, confidence, num_samples, eval_Ns):
+    """{"pass@1": …, "confidence": …, "log_p": …}: means over problems, from what `measure` gives for one temperature. With
+    samples there is no log p, and no pass@N for more tries than samples."""
     if num_samples:
-        result = {n: estimate_pass_at_n(num_samples, (p * num_samples).round(), n) for n in tries if n <= num_samples}
+        num_right = (p * num_samples).round()
+        values = {f"pass@{n}": estimate_pass_at_n(num_samples, num_right, n) for n in eval_Ns if n <= num_samples}
     else:
-        result = {n: pass_at_n(p, n) for n in tries}
-    log_p = {} if num_samples else {"log_p": p.clamp(min=1e-300).log().mean().item()}
-    return {f"pass@{n}": x.mean().item() for n, x in result.items()} | {"confidence": confidence.mean().item()} | log_p
+        values = {f"pass@{n}": pass_at_n(p, n) for n in eval_Ns} | {"log_p": p.clamp(min=1e-300).log()}
+    values["confidence"] = confidence
+    return {name: value.mean().item() for name, value in values.items()}
 
 
-def save(run, path):
-    """Write a run as JSON, whole or not at all: to a file beside it, *.partial, which then takes its name. There it
-    stays, if the run is unfinished and would take the place of a finished one."""
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(run))
+def new_run(kind, loss, N, seed):
+    """An empty run. Its label and the name of its file are made here, once."""
+    task, settings, usual = kind.task, kind.settings, SETTINGS[kind.task.name]
+    changes = [f"{key}={value}" for key, value in settings.items()  # texts are places: `data` says what lies there
+               if value != usual.get(key) and key not in ("N", "tries") and not isinstance(value, str)]
+    label = ", ".join(["cross-entropy" if loss == "ce" else f"{loss} N={N}", *changes])
+    data = [f"data={task.data}"] if task.data else []
+    file = "-".join([task.name, loss, f"N{N}", *data, *changes, f"seed{seed}"])
+    config = settings | {"N": N, "device": kind.device, "data": task.data}
+    baselines = {name: {f"pass@{n}": baseline(n) for n in kind.eval_Ns} for name, baseline in kind.baselines().items()}
+    return dict(task=task.name, loss=loss, N=N, seed=seed, label=label, file=file, config=config, history=[],
+                problems=kind.shapes(), rivals=baselines)
+
+
+def add_record(run, record, goal):
+    """Add a record to the history, and keep p and confidence of the problems, now and in the epoch with the best `goal`."""
+    p, confidence = record.pop("problems")
+    problems = {"p": p.tolist(), "confidence": confidence.tolist()}
+    run |= {"example": record.pop("example"), "problems": run["problems"] | problems}
+    run["history"].append(record)
+    values = [earlier["test"].get(goal, 0) for earlier in run["history"]]
+    if values[-1] == max(values):
+        run["problems"]["best"] = problems
+
+
+def save(run, out, finished):
+    """Write a run as JSON, whole or not at all: to a new file, which then takes the old one's name. An unfinished run is
+    *.partial, of a name that no other process writes."""
+    if out is None:
+        return
+    Path(out).mkdir(parents=True, exist_ok=True)
+    partial = Path(out) / f"{run['file']}-{os.getpid()}.partial"
+    new = partial.with_suffix(".new")
     try:
-        in_the_way = not is_finished(run) and is_finished(json.loads(path.read_text()))
-    except (OSError, ValueError, LookupError, TypeError):  # there is none, or it is broken
-        in_the_way = False
-    if not in_the_way:
-        partial.replace(path)
-
-
-def is_finished(run):
-    return run["history"][-1]["epoch"] == run["config"]["epochs"]
-
-
-def changes_of(run):
-    """The settings in which a run differs from its task's."""
-    return [f"{key}={run['config'][key]:{'' if isinstance(value, str) else 'g'}}"
-            for key, value in SETTINGS[run["task"]].items() if key != "N" and run["config"][key] != value]
-
-
-def label_of(run):
-    return ", ".join(["cross-entropy" if run["loss"] == "ce" else f"{run['loss']} N={run['N']}", *changes_of(run)])
-
-
-def path_of(run):
-    """The name of a run's file: another one for other settings."""
-    return "-".join([run["task"], run["loss"], f"N{run['N']}", *changes_of(run), f"seed{run['seed']}.json"])
-
+        new.write_text(json.dumps(run), encoding="utf-8")
+    except OSError:  # a full disk
+        new.unlink(missing_ok=True)
+        raise
+    new.replace(partial)
+    if finished:
+        partial.replace(Path(out) / f"{run['file']}.json")
 
 # ==== 6. Theory ===========================================================================================
 #
-# Why does each loss do what it does? Two things separate them. Where a problem has one label, cross-entropy learns it
-# by heart, to p = 1, and the limited loss lets go at about 1/N. And where the answer stays uncertain, their optima
-# differ. For that, take the network away: let answer y be right with probability p_y (not the p of section 1, which is
-# a model's), and let nothing in the question tell more. A policy q over the answers then reaches
-# pass@N = Σ_y p_y (1 - (1 - q_y)^N). Which q is best, and where does each loss lead?
+# Why does each loss do what it does? Two things separate them. Where a problem has one label, cross-entropy learns it by
+# heart, to p = 1, and the limited loss lets go near 1/N. And where the answer stays uncertain, their optima differ. To see
+# that, take the network away: let answer y be right with probability p_y (not the p of section 1, which is a model's), and
+# let the question tell nothing more. A policy q over the answers then reaches pass@N = Σ_y p_y (1 - (1 - q_y)^N). Which q
+# is best, and where does each loss lead? Cross-entropy leads to q = p, whatever N is.
 
 
 def optimal_policy(p, N):
-    """The policy q that maximizes pass@N = Σ_i p_i (1 - (1 - q_i)^N) over Σ_i q_i = 1. The coverage loss tends to it:
-    over many problems alike, the batch's mean pass@N is this sum, and the logarithm moves no maximum.
+    """The policy q that maximizes pass@N = Σ_i p_i (1 - (1 - q_i)^N) over Σ_i q_i = 1. The reward loss tends to it: over
+    many problems alike, the batch's mean pass@N is this sum, and the logarithm moves no maximum.
 
     The derivative of the Lagrangian, N p_i (1 - q_i)^(N-1) - N λ, is zero, or the answer is given up, so
         q_i = max(0, 1 - (λ / p_i)^(1/(N-1))),
-    water-filling: the larger N, the flatter. If the k likeliest answers are kept, the sum gives λ in closed form,
-    λ^(1/(N-1)) = (k - 1) / Σ_{i≤k} p_i^(-1/(N-1)), and k is the most for which q_k > 0. With N = 1 it is all on the
-    likeliest answer; if several are, they share it equally.
-    p: (K,) numbers from 0 on, not all 0 (their scale does not matter). Returns (K,), float64 numpy, sum 1."""
-    p = np.asarray(p, dtype=np.float64)
+    water-filling: the larger N, the flatter. With N = 1 all of q is on the likeliest answer; if several are, they share it
+    equally.
+    p: (K,) numbers from 0 on, not all 0 (their scale does not matter). Returns (K,), float64 numpy, sum 1. Raises
+    ValueError for any other p, and for N < 1."""
+    p = check_answers(p, N)
     if N == 1:
         best = p == p.max()
         return best / best.sum()
-    order = np.argsort(-p, kind="stable")[:np.count_nonzero(p)]
-    log_height = (np.log(p[order[0]]) - np.log(p[order])) / (N - 1)  # ≥ 0 and growing
-    height = np.exp(np.minimum(log_height, 700))
-    total = np.cumsum(height)
-    k = np.count_nonzero(np.arange(len(height)) * height < total)
-    q = np.zeros_like(p)
-    q[order[:k]] = 1 - (k - 1) * height[:k] / total[k - 1]
-    return q
+
+    def policy(x):  # x: -log λ
+        return -np.expm1(np.minimum(0, -(x + log_p) / (N - 1)))
+
+    with np.errstate(divide="ignore"):
+        log_p = np.log(p)
+    return with_sum_1(policy, -log_p.max(), 40 * (N - 1) - log_p.max())  # none is kept, and one has all to the last digit
 
 
 def limited_policy(p, N):
     """The policy q that minimizes the limited loss, Σ_i p_i L_N(q_i) over Σ_i q_i = 1: where that loss tends.
 
-    The derivative of the Lagrangian is zero where
-        N p_i (1 - q_i)^(N-1) / (1 - (1 - q_i)^N) = λ   for every i,
-    that is p_i F(N, q_i) / q_i = λ. Where q_i ≪ 1/N, F is 1 and q_i = p_i / λ, in proportion as cross-entropy has it
-    (for N = 1 everywhere: q = p); beyond 1/N, q_i is held back. The logarithm gives no possible answer up.
-    Solved by bisection, in u = -log(1 - q): every u_i given the likeliest answer's, and that one by the sum.
-    p: (K,) numbers from 0 on, not all 0. Returns (K,), float64 numpy, sum 1 within 1e-9."""
-    p = np.asarray(p, dtype=np.float64)
-    if N == 1 or np.count_nonzero(p) == 1:
+    The derivative of the Lagrangian is zero where, for every i,
+        N p_i (1 - q_i)^(N-1) / (1 - (1 - q_i)^N) = λ,    that is    p_i F(N, q_i) / q_i = λ.
+    Where q_i ≪ 1/N, F is 1 and q_i = p_i / λ, in proportion, as cross-entropy has it (for N = 1 everywhere: q = p). Beyond
+    1/N, q_i is held back. The logarithm gives no possible answer up.
+    With v = -N log(1 - q), the logarithm of that equation is (1 - 1/N) v + log(1 - e^(-v)) = log(N p / λ). Its left side
+    is concave and grows, so Newton's method finds each v from below; bisection finds λ.
+    p: (K,) numbers from 0 on, not all 0. Returns (K,), float64 numpy, sum 1 within 1e-9. Raises ValueError as above."""
+    p = check_answers(p, N)
+    if N == 1:
         return p / p.sum()
-    log_odds = np.log(p.max()) - np.log(p[p > 0])
+    log_odds = np.log(p[p > 0]) - np.log(p.max())
 
-    def pull(log_u):  # log(λ / p_i), decreasing in u_i
-        u = np.exp(log_u)
-        return math.log(N) - (N - 1) * u - np.log(-np.expm1(-N * u))
+    def policy(s):  # s: log(N p / λ) of the likeliest answer
+        target = s + log_odds
+        v = np.logaddexp(0, target)  # the solution for N → ∞, never too large
+        for _ in range(8):
+            left = (1 - 1 / N) * v + np.log(-np.expm1(-v))
+            slope = 1 - 1 / N + np.exp(-v) / -np.expm1(-v)
+            v += (target - left) / slope
+        return -np.expm1(-v / N)
 
-    def bisect(is_low, low, high):
-        for _ in range(80):
-            middle = (low + high) / 2
-            low, high = np.where(is_low(middle), middle, low), np.where(is_low(middle), high, middle)
-        return low
-
-    def policy(top):  # top: log u of the likeliest answer
-        target = pull(top) + log_odds
-        return -np.expm1(-np.exp(bisect(lambda log_u: pull(log_u) > target, np.full(len(target), -745.0), top)))
-
+    low = math.log(-math.expm1(-N / len(log_odds))) - 1  # there q_1 < 1/K; at 40 N it is 1 to the last digit
     q = np.zeros_like(p)
-    q[p > 0] = policy(bisect(lambda top: policy(top).sum() < 1, math.log(0.5 / len(log_odds)), math.log(40)))
+    q[p > 0] = with_sum_1(policy, low, 40.0 * N)
     return q
 
 
+def with_sum_1(policy, low, high):
+    """policy(x) for the x between low and high at which it sums to 1, by bisection; the sum grows with x."""
+    for _ in range(100):
+        middle = (low + high) / 2
+        low, high = (middle, high) if policy(middle).sum() < 1 else (low, middle)
+    return policy(high)
+
+
+def check_answers(p, N):
+    p = np.asarray(p, dtype=np.float64)
+    check_tries(N)
+    if p.ndim != 1 or not np.isfinite(p).all() or (p < 0).any() or not p.any():
+        raise ValueError("p is a row of numbers from 0 on, not all 0")
+    return p
+
+
 def confident_pass_at_n(c, N, a, K):
-    """The one-parameter picture. A model puts probability c, its confidence, on its favourite answer, which is right
-    with probability a, and spreads the rest evenly over the K - 1 others:
+    """The one-parameter picture. A model puts probability c, its confidence, on its favourite answer, which is right with
+    probability a, and spreads the rest evenly over the K - 1 others:
         pass@N(c) = a (1 - (1 - c)^N) + (1 - a) (1 - (1 - (1 - c) / (K - 1))^N).
     At c = 1 that is a for every N: no amount of sampling helps. c: a number or an array."""
     return a * pass_at_n(c, N) + (1 - a) * pass_at_n((1 - torch.as_tensor(c)) / (K - 1), N)
@@ -692,198 +775,174 @@ def confident_pass_at_n(c, N, a, K):
 
 # ==== 7. Tables and figures ===============================================================================
 #
-# All from the saved runs; nothing here is needed to understand the rest.
+# All from the saved runs. Nothing here is needed to understand the rest.
 
-# Okabe and Ito's colours, which the colour-blind can tell apart.
-plt.rcParams.update({"axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False, "savefig.dpi": 110})
-COLORS = {"cross-entropy": "#D55E00", "limited N=64": "#0072B2", "coverage N=64": "#009E73"}
-MORE_COLORS = ["#CC79A7", "#E69F00", "#56B4E9", "#000000"]
+COLORS = ["#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]  # for the colour-blind (Okabe, Ito)
+STYLE = {"axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False, "savefig.dpi": 110}
 
 
-def load_runs(out, task_name):
-    """The task's finished runs in a folder, those of equal settings together: {label: [run, …]}."""
-    groups = defaultdict(list)
-    for path in sorted(Path(out).glob(f"{task_name}-*-seed*.json")):
+def load_runs(out, task_name, data, N):
+    """The task's finished runs in a folder, on one data set: a list of rows, each a list of runs that differ in the seed
+    only, with their numbers as arrays. A file with anything wrong is named and left out."""
+    rows = defaultdict(list)
+    for path in sorted(Path(out).glob(f"{task_name}-*.json")):
         try:
-            run = json.loads(path.read_text())
-            if run["task"] != task_name:  # math's stars also find math-lm's
-                continue
-            key = run["loss"], run["N"], label_of(run)
-            run["history"][-1]["tempered"]["1"], run["problems"]["confidence"], run["rivals"]
-            if is_finished(run):
-                groups[key].append(run)
-            else:
-                print(f"left out {path}, which is unfinished: epoch {run['history'][-1]['epoch']}", file=sys.stderr)
-        except (OSError, ValueError, LookupError, TypeError) as error:
-            print(f"left out {path}, which is no run's file of this version ({error!r}); remove it", file=sys.stderr)
-    return {key[-1]: groups[key] for key in sorted(groups)}
+            run = json.loads(path.read_text(encoding="utf-8"))
+            if (run["task"], run["config"]["data"]) == (task_name, data):
+                run |= arrays_of(run, N)
+                settings = run["config"] | {"device": "", "tries": 0}, run["pass_at"].shape
+                rows[run["loss"] != "ce", run["loss"], run["N"], run["label"], repr(settings)].append(run)
+        except Exception as error:  # whatever it is, the other runs must not suffer
+            print(f"left out {path}, which is no run of this version ({error!r}); remove it", file=sys.stderr)
+    return [rows[key] for key in sorted(rows)]
 
 
-def measured_tries(groups):
-    """The N, in order, whose pass@N all runs have measured, at every temperature."""
-    tests = (test for runs in groups.values() for run in runs for test in run["history"][-1]["tempered"].values())
-    return sorted(set.intersection(*({int(key[5:]) for key in test if key.startswith("pass@")} for test in tests)))
+def arrays_of(run, N):
+    """A run's numbers over its evaluations: "pass_at" (epochs, temperatures, N), for `EVAL_NS` and at last N, nan where not
+    measured, the first temperature 1; "confidence", "train confidence" and "train p" (epochs,). And "baselines" (·, N)."""
+    def pass_at(values):
+        return [values.get(f"pass@{n}", math.nan) for n in (*EVAL_NS, N)]
+
+    def curve(split, name):
+        return [record[split][name] for record in run["history"]]
+
+    if [record["epoch"] for record in run["history"]] != evaluated_epochs(run["config"]):
+        raise ValueError("its epochs are not those of its settings")
+    arrays = {"pass_at": [[pass_at(values) for values in record["tempered"].values()] for record in run["history"]],
+              "confidence": curve("test", "confidence"), "train confidence": curve("train", "confidence"),
+              "train p": curve("train", "pass@1"), "baselines": [pass_at(values) for values in run["rivals"].values()]}
+    return {name: np.array(values, dtype=np.float64) for name, values in arrays.items()}
 
 
-def best_epoch(run, N):
-    """The test set's measurements in the epoch with the best pass@N: chosen on the test set itself, which flatters."""
-    return max((record["test"] for record in run["history"]), key=lambda test: test[f"pass@{N}"])
+def stack(row, name):
+    return np.stack([run[name] for run in row])
 
 
-def pass_at_stages(run, N):
-    """pass@N at the end, in the best epoch, and in the best epoch at the best temperature, chosen in the same way."""
-    return [run["history"][-1]["test"][f"pass@{N}"], best_epoch(run, N)[f"pass@{N}"],
-            max(test[f"pass@{N}"] for record in run["history"] for test in record["tempered"].values())]
+def at_best(row, num_temperatures=1):
+    """pass@N for all N (seeds, N), in the epoch and at the temperature where the last of them is best. These are chosen on
+    the test set itself, which flatters them."""
+    pass_at = stack(row, "pass_at")[:, :, :num_temperatures]
+    choices = pass_at.reshape(len(row), -1, pass_at.shape[-1])
+    best = np.nan_to_num(choices[..., -1]).argmax(axis=1)
+    return choices[np.arange(len(row)), best]
 
 
 def mean_and_error(values):
     """Mean and standard error over the first axis, the seeds; an error of 0 where there is only one."""
-    values = np.array(values, dtype=np.float64)
-    error = values.std(axis=0, ddof=1) / math.sqrt(len(values)) if len(values) > 1 else 0 * values[0]
-    return values.mean(axis=0), error
+    error = np.std(values, axis=0, ddof=1) / math.sqrt(len(values)) if len(values) > 1 else 0 * values[0]
+    return np.mean(values, axis=0), error
 
 
-def rivals_of(groups):
-    """{name: [its pass@N by N, for each seed]}, from the group with the most seeds."""
-    runs = max(groups.values(), key=len)
-    return {name: [run["rivals"][name] for run in runs] for name in runs[0]["rivals"]}
+def print_table(rows, N):
+    """A line for each loss and its settings, at the end of training, and for the baselines. In the last two columns stands
+    pass@N in the best epoch, and at the best temperature too. Mean over the seeds ± standard error."""
+    shown = {n: i for i, n in enumerate((*EVAL_NS, N)) if n in (*COLUMNS, N)}
+    at = [*shown.values()]
+    lines = {row[0]["label"]: np.column_stack([
+        stack(row, "pass_at")[:, -1, 0, at], stack(row, "confidence")[:, -1],
+        at_best(row)[:, -1], at_best(row, None)[:, -1]]) for row in rows}
+    most = max(rows, key=len)
+    lines |= {name: stack(most, "baselines")[:, i, at] for i, name in enumerate(most[0]["rivals"])}
+    width = max(map(len, lines))
+    headers = [*(f"pass@{n}" for n in shown), "confidence", f"best@{N}", "and best T"]
+    print(" " * width + " seeds" + "".join(f"{header:>11}" for header in headers))
+    for label, values in lines.items():
+        means, errors = mean_and_error(values)
+        cells = [f"{mean:.3f}±{error:.3f}".replace("0.", ".") for mean, error in zip(means, errors)]
+        cells = cells if len(values) > 1 else [f"{mean:.3f}" for mean in means]
+        print(f"{label:{width}}{len(values):6}" + "".join(f"{cell:>11}" for cell in cells))
 
 
-def print_table(groups, N):
-    """A row for each loss and setting: the test set's values at the end, and the best pass@N before; then the rivals.
-    Mean over the seeds ± standard error."""
-    columns = [f"pass@{n}" for n in measured_tries(groups) if n in (*COLUMNS, N)] + ["confidence"]
-    rows = {label: [[run["history"][-1]["test"][column] for column in columns] + pass_at_stages(run, N)[1:]
-                    for run in runs] for label, runs in groups.items()}
-    rows |= {name: [[rival[column] for column in columns[:-1]] for rival in seeds]
-             for name, seeds in rivals_of(groups).items()}
-    width = max(map(len, rows))
-    print(" " * width + "".join(f"{column:>13}" for column in [*columns, "best epoch", "and best T"]))
-    for label, values in rows.items():
-        cells = [f"{mean:.3f}±{error:.3f}" if len(values) > 1 else f"{mean:.3f}"
-                 for mean, error in zip(*mean_and_error(values))]
-        print(f"{label:{width}}" + "".join(f"{cell:>13}" for cell in cells))
+def print_tries(rows):
+    """What 64 tries at the first three test problems gave under each loss: overconfidence to the naked eye."""
+    print("64 tries at the first three test problems:")
+    runs = [run for row in rows for run in row if run["seed"] == rows[0][0]["seed"]]
+    for same_problem in zip(*(run["example"] for run in runs)):
+        print(same_problem[0][0])
+        for run, (_, num_right, tries) in zip(runs, same_problem):
+            commonest = ", ".join(f"{count} × {text}" for text, count in Counter(tries).most_common(4))
+            print(f"  {run['label']}: {num_right} right; {commonest}")
 
 
-def in_words(groups, N):
-    """In plain sentences: what became of cross-entropy, and how the other losses' ends compare with it."""
-    stages = {label: np.mean([pass_at_stages(run, N) for run in runs], axis=0) for label, runs in groups.items()}
-    rivals, sentences = [label for label in groups if label.startswith("cross-entropy")], []
-    for label, (end, best, _) in stages.items():
-        rival = "cross-entropy" + label[len(label.split(",")[0]):]  # of the same settings
-        if label in rivals[:1]:
-            sentences.append(f"Cross-entropy's pass@{N} is {best:.3f} in its best epoch and {end:.3f} at the end.")
-        elif label not in rivals and rival in stages and stages[rival].all():
-            versus = zip(("cross-entropy's end", "its best epoch", "its best epoch and temperature"), stages[rival])
-            versus = [f"{end / value:.2f} times {name}" for name, value in versus]
-            if len(rivals) > 1:
-                versus.append(f"{end / max(stages[rival][2] for rival in rivals):.2f} times the best of all its rows")
-            sentences.append(f"{label} ends at {end:.3f}: {', '.join(versus)}.")
-    return "\n".join(sentences)
+def draw(rows, N, path):
+    """The main figure: what each loss does to pass@1, pass@N and confidence as training goes on, and pass@N at its end."""
+    import matplotlib.pyplot as plt
+    plt.rcParams.update(STYLE)
+    figure, ((pass_1, pass_N), (confidence, tries)) = plt.subplots(2, 2, figsize=(11, 8.5), layout="constrained")
+    for row, color in zip(rows, COLORS * len(rows)):
+        epochs, pass_at, label = evaluated_epochs(row[0]["config"]), stack(row, "pass_at"), row[0]["label"]
+        plot_runs(pass_1, epochs, pass_at[:, :, 0, 0], color)
+        plot_runs(pass_N, epochs, pass_at[:, :, 0, -1], color)
+        for name, linestyle in (("confidence", "-"), ("train confidence", ":"), ("train p", "--")):
+            plot_runs(confidence, epochs, stack(row, name), color, linestyle=linestyle)
+        plot_runs(tries, EVAL_NS, pass_at[:, -1, 0, :-1], color, label=label)
+        if row is rows[0]:
+            best_epoch = np.nan_to_num(pass_at[:, :, 0, -1].mean(axis=0)).argmax()
+            for axis, column in ((pass_1, 0), (pass_N, -1)):
+                height = pass_at[:, best_epoch, 0, column].mean()
+                axis.plot(epochs[best_epoch], height, "*", color=color, markersize=15, markeredgecolor="black")
+            plot_runs(tries, EVAL_NS, at_best(row)[:, :-1], color, linestyle="--", label=f"{label}, best epoch")
+            plot_runs(tries, EVAL_NS, at_best(row, None)[:, :-1], color, linestyle=":", label="… and best temperature")
+    most = max(rows, key=len)
+    for name, values, linestyle in zip(most[0]["rivals"], stack(most, "baselines").mean(axis=0), (":", "--", "-.")):
+        tries.plot(EVAL_NS, values[:-1], color="grey", linestyle=linestyle, label=name)
+    confidence.axhline(1 / N, color="grey", linewidth=1)
+    confidence.text(epochs[-1], 0.9 / N, f"1/N = 1/{N}", color="grey", ha="right", va="top")
+    pass_1.set(title="pass@1", ylim=(0, None))
+    pass_N.set(title=f"pass@{N} (star: {rows[0][0]['label']}'s best)", ylim=(0, 1))
+    confidence.set(title="confidence (solid: test, dotted: train), p of train (dashed)", yscale="log", ylim=(1e-3, 1.2))
+    tries.set(title="pass@N at the end, against N", xscale="log", xticks=COLUMNS, xticklabels=COLUMNS, ylim=(0, 1))
+    tries.minorticks_off()
+    tries.legend()
+    for axis, x, y in ((pass_1, "epoch", "share of test problems"), (pass_N, "epoch", "share of test problems"),
+                       (confidence, "epoch", "probability"), (tries, "tries N", "share of test problems")):
+        axis.set(xlabel=x, ylabel=y)
+    figure.supxlabel(f"lines: mean over up to {len(most)} seeds; bands: ± one standard error", fontsize="medium")
+    save_and_show(figure, path)
 
 
-def draw(groups, N, path):
-    """The main figure: what each loss does to pass@1, pass@N and confidence as training goes on, and at its end."""
-    colors, more = {}, iter(MORE_COLORS * 9)
-    for label in groups:
-        color = COLORS.get(label.split(",")[0])
-        colors[label] = next(more) if color in (None, *colors.values()) else color
-    measured = [n for n in measured_tries(groups) if n in TRIES]
-    figure, axes = plt.subplots(2, 3, figsize=(12, 7.2), layout="constrained")
-    (pass_1, pass_N, confidence), (histogram, tries, temperature) = axes
-
-    def line(axis, xs, values, color, **style):  # values: (seeds, xs)
-        mean, error = mean_and_error(values)
-        axis.plot(xs, mean, color=color, **style)
-        axis.fill_between(xs, mean - error, mean + error, color=color, alpha=0.2, linewidth=0)
-
-    for label, runs in groups.items():
-        color, histories = colors[label], [run["history"] for run in runs]
-        epochs = [record["epoch"] for record in histories[0]]
-        temperatures = sorted(histories[0][0]["tempered"], key=float)
-        curve = lambda split, key: np.array([[record[split][key] for record in history] for history in histories])
-        by_T = np.stack([[[record["tempered"][T][f"pass@{N}"] for T in temperatures] for record in history]
-                         for history in histories])  # (seeds, epochs, temperatures)
-        for axis, split, key in ((pass_1, "test", "pass@1"), (pass_N, "test", f"pass@{N}"),
-                                 (confidence, "test", "confidence"), (confidence, "train", "confidence")):
-            line(axis, epochs, curve(split, key), color, linestyle=":" if split == "train" else "-")
-        values = np.concatenate([run["problems"]["confidence"] for run in runs])
-        histogram.hist(values, bins=np.linspace(0, 1, 26), weights=np.full(len(values), 1 / len(values)),
-                       histtype="step", linewidth=1.5, color=color)
-        line(tries, measured, np.stack([curve("test", f"pass@{n}")[:, -1] for n in measured], axis=1), color, label=label)
-        line(temperature, [*map(float, temperatures)], by_T[:, -1], color, marker="o", markersize=4)
-        if label.startswith("cross-entropy") and label == [*groups][0]:
-            best = [[best_epoch(run, N)[f"pass@{n}"] for n in measured] for run in runs]
-            line(tries, measured, best, color, linestyle="--", label=f"{label}, best epoch")
-            line(temperature, [*map(float, temperatures)], by_T.max(axis=1), color, linestyle="--", marker="o",
-                 markersize=4)
-            star = curve("test", f"pass@{N}").mean(axis=0).argmax()
-            for axis, n in ((pass_1, 1), (pass_N, N)):
-                axis.plot(epochs[star], curve("test", f"pass@{n}").mean(axis=0)[star], "*", color=color, markersize=15,
-                          markeredgecolor="black")
-
-    for (name, seeds), style in zip(rivals_of(groups).items(), (":", "--", "-.")):
-        rival = {n: np.mean([values[f"pass@{n}"] for values in seeds]) for n in (*measured, N)}
-        tries.plot(measured, [rival[n] for n in measured], color="grey", linestyle=style, label=name)
-        for axis, n in ((pass_1, 1), (pass_N, N)):
-            axis.axhline(rival[n], color="grey", linestyle=style)
-
-    for axis, title, x in (
-            (pass_1, f"pass@1 (star: cross-entropy's best pass@{N})", "epoch"),
-            (pass_N, f"pass@{N} (star: cross-entropy's best)", "epoch"),
-            (confidence, "confidence (solid: test, dotted: train)", "epoch"),
-            (histogram, "confidence at the end", "confidence in the greedy answer"),
-            (tries, "pass@N against N", "tries N"),
-            (temperature, f"pass@{N} by temperature", "sampling temperature T")):
-        axis.set(title=title, xlabel=x, ylabel="share of test problems")
-        axis.set_ylim(bottom=0)
-    confidence.set(ylabel="mean probability of the greedy answer", ylim=(0, 1))
-    tries.set_xscale("log", base=2)
-    tries.set_xticks(ticks := [n for n in COLUMNS if n in measured], ticks)
-    figure.legend(*tries.get_legend_handles_labels(), loc="outside upper center", ncols=3)
-    figure.supxlabel(f"lines: mean over the seeds ({max(map(len, groups.values()))}); bands: ± one standard error",
-                     fontsize="medium")
-    present(figure, path)
+def plot_runs(axis, xs, values, color, **style):
+    """The mean of values (seeds, xs) with a band of one standard error."""
+    mean, error = mean_and_error(values)
+    axis.plot(xs, mean, color=color, **style)
+    axis.fill_between(xs, mean - error, mean + error, color=color, alpha=0.2, linewidth=0)
 
 
-def theory(N, path):
-    """The demo: three panels in the order of the argument."""
-    colors = dict(zip(COLUMNS, ["#000000", "#E69F00", "#0072B2", "#009E73"]))
-    figure, (factor, ranked, confidence) = plt.subplots(1, 3, figsize=(15, 4.6), layout="constrained")
-    p = np.logspace(-5, 0, 400)[:-1]
-    for n, color in colors.items():
-        factor.plot(p, overconfidence_factor(torch.tensor(np.log(p)), n), color=color, label=f"N = {n}")
-        factor.axvline(1 / n, color=color, linestyle=":")
-    factor.set(title="(a) An example stops pulling near p = 1/N (dotted)", xscale="log", ylim=(0, 1.05),
-               xlabel="p, probability that one try is right", ylabel="overconfidence factor F(N, p)")
-    factor.legend(loc="lower left")
-
-    p = 1 / np.arange(1, 101) ** 1.2  # one uncertain question: 100 answers, the r-th likeliest with p ~ r^-1.2
-    p /= p.sum()
-    for loss, name, q, style in (("cross-entropy", "cross-entropy: q = p", p, "-"),
-                                 ("limited N=64", "limited loss", limited_policy(p, N), "--"),
-                                 ("coverage N=64", "coverage loss, best for pass@N", optimal_policy(p, N), "-.")):
-        ranked.plot(np.flatnonzero(q) + 1, q[q > 0], color=COLORS[loss], linestyle=style, label=name)
-    ranked.axhline(1 / N, color="grey", linestyle=":")
-    ranked.text(100, 1.08 / N, f"1/N = 1/{N}", color="grey", ha="right")
-    ranked.set(title=f"(b) Where the losses tend if unsure, N = {N}", xscale="log", yscale="log",
-               xlabel="answer, by rank", ylabel="probability q given to the answer")
-    ranked.legend(loc="lower left")
-
-    a, K = 0.1, 500  # the one-parameter picture's
+def draw_theory(N, path):
+    """The theory in three panels, in the order of the argument."""
+    import matplotlib.pyplot as plt
+    plt.rcParams.update(STYLE)
+    figure, (factor, policies, confidence) = plt.subplots(1, 3, figsize=(15, 4.6), layout="constrained")
+    p, a, K = np.logspace(-5, -0.001, 400), 0.1, 500
     c = np.geomspace(1 / K, 1 - 1e-9, 1000)
-    for n, color in colors.items():
+    for n, color in zip(COLUMNS, COLORS):
+        factor.plot(p, overconfidence_factor(torch.tensor(p).log(), n), color=color, label=f"N = {n}")
+        factor.axvline(1 / n, color=color, linestyle=":")
         best = optimal_policy([a] + [(1 - a) / (K - 1)] * (K - 1), n)[0]  # it treats equal answers equally, as c does
         confidence.plot(c, confident_pass_at_n(c, n, a, K), color=color, label=f"N = {n}")
         confidence.plot(best, confident_pass_at_n(best, n, a, K), "o", color=color, markeredgecolor="white")
-    confidence.set(title="(c) The best confidence (dot) falls as N grows", xscale="log", xlim=(1 / K, 1.1),
-                   ylim=(0, 1.1), xlabel=f"confidence c in an answer right with probability {a}", ylabel="pass@N")
-    confidence.legend(loc="upper left")
-    present(figure, path)
+    p = 1 / np.arange(1, 101) ** 1.2  # one uncertain question: 100 answers, the r-th likeliest with p ~ r^-1.2
+    p /= p.sum()
+    for name, q, color, linestyle in (("cross-entropy: q = p", p, COLORS[0], "-"),
+                                      ("limited loss", limited_policy(p, N), COLORS[1], "--"),
+                                      ("reward loss, best for pass@N", optimal_policy(p, N), COLORS[2], "-.")):
+        policies.plot(np.flatnonzero(q) + 1, q[q > 0], color=color, linestyle=linestyle, label=name)
+    policies.axhline(1 / N, color="grey", linestyle=":")
+    policies.text(100, 1.08 / N, f"1/N = 1/{N}", color="grey", ha="right")
+    factor.set(title="(a) An example stops pulling near p = 1/N (dotted)", xscale="log",
+               xlabel="p, probability that one try is right", ylabel="overconfidence factor F(N, p)")
+    policies.set(title=f"(b) Where each loss tends on an uncertain question, N = {N}", xscale="log", yscale="log",
+                 xlabel="answer, by rank", ylabel="probability q given to the answer")
+    confidence.set(title="(c) The best confidence (dot) falls as N grows", xscale="log",
+                   xlabel=f"confidence c in an answer right with probability {a}", ylabel="pass@N")
+    for axis in (factor, policies, confidence):
+        axis.legend()
+    save_and_show(figure, path)
 
 
-def present(figure, path):
+def save_and_show(figure, path):
     """Save a figure and say where it is; in a notebook, show it."""
+    import matplotlib.pyplot as plt
     figure.savefig(path)
     plt.close(figure)
     print(f"Figure: {path}")
@@ -895,95 +954,138 @@ def present(figure, path):
 # ==== 8. Command line =====================================================================================
 
 
+OPTIONS = {"task": "multiply", "loss": "both", "frontier": False, "theory": False, "seed": 0, "seeds": 1, "device": "auto",
+           "out": "out"}
+HELP |= {
+    "loss": "both compares cross-entropy and the limited loss; for search, the reward loss with N = 1 and N",
+    "frontier": "train with N = 1, 8, 64 and 512",
+    "theory": "train nothing: draw why each loss does what it does",
+    "seeds": "train so many seeds, from --seed on",
+    "out": "the folder for runs and figures",
+}
+
+
 def parse_arguments(argv):
+    """The options and, as `settings`, all settings of the task. What cannot be, or would be ignored, is refused."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
     parser.error = fail
-    parser.add_argument("--task", choices=TASKS, default="multiply")
-    parser.add_argument("--loss", choices=["both", "all", *LOSSES], default="both")
-    parser.add_argument("--N", type=int, help="tries that the loss trains for; default 64 (prove: 4, for each step)")
-    parser.add_argument("--epochs", type=int, help="default: the task's own, in SETTINGS")
-    parser.add_argument("--weight-decay", type=float, help="AdamW's; default 0")
-    parser.add_argument("--traces", type=int, help="--task cot: sampled to estimate each p")
-    parser.add_argument("--interval", type=int, help="--task cot: epochs from one estimate to the next")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--seeds", type=int, default=1, help="train this many seeds, from --seed on")
-    parser.add_argument("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto")
-    parser.add_argument("--out", type=Path, default="out", help="the folder for runs and figures")
-    parser.add_argument("--math-dir", help="the MATH dataset's folder; without it, the datasets package fetches it")
-    parser.add_argument("--model", help="--task math: fine-tune a language model: hub name, folder or .gguf file")
-    parser.add_argument("--frontier", action="store_true", help="train with N = 1, 8, 64, 512 (prove: 1, 2, 4, 8)")
-    parser.add_argument("--theory", action="store_true", help="train nothing: draw why each loss does what it does")
-    args = parser.parse_args(argv)
-    lowest = {"N": 1, "epochs": 0, "weight_decay": 0, "traces": 1, "interval": 1, "seed": 0, "seeds": 1}
-    for name, low in lowest.items():
-        value = getattr(args, name)
-        if value is not None and not low <= value <= 1_000_000:
-            fail(f"--{name.replace('_', '-')} {value}: give a number from {low} to 1,000,000")
-    args.changes = {name: getattr(args, name) for name in ("epochs", "weight_decay", "traces", "interval")
-                    if getattr(args, name) is not None}
-    if args.model:
-        args.changes["model"] = Path(args.model).name
-    for name in args.changes.keys() - SETTINGS["math-lm" if args.model and args.task == "math" else args.task].keys():
-        fail(f"--{name} is no setting of --task {args.task}; leave it out")
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    args.device = next(filter(there.get, there)) if args.device == "auto" else args.device
-    if not there[args.device]:
+    choices = {"task": TASKS, "loss": ["both", "all", *LOSSES], "device": ["auto", "cpu", "cuda", "mps"]}
+    flags = {name: value for settings in SETTINGS.values() for name, value in settings.items()}
+    for name, value in (OPTIONS | flags).items():
+        takes = {"type": type(value), "choices": choices.get(name)}
+        takes = {"action": "store_true"} if isinstance(value, bool) else takes
+        flag = f"--{name.replace('_', '-')}"
+        parser.add_argument(flag, dest=name, default=argparse.SUPPRESS, help=HELP.get(name), **takes)
+    given = vars(parser.parse_args(argv))
+    args = argparse.Namespace(**OPTIONS | given)
+    for name, value in given.items():
+        flag = f"--{name.replace('_', '-')}"
+        if name in flags and name not in SETTINGS[args.task]:
+            fail(f"{flag} does not fit --task {args.task}; leave it out")
+        if args.theory and name not in ("theory", "N", "out") or args.frontier and name in ("loss", "N", "per_step"):
+            fail(f"{flag} would be ignored beside --theory or --frontier; leave it out")
+        low = 0 if isinstance(value, float) or name in ("seed", "epochs", "reinforce") else 1
+        if isinstance(value, (int, float)) and not low <= value <= 1_000_000:
+            fail(f"{flag} {value}: give a number from {low} to 1,000,000")
+    args.settings = SETTINGS[args.task] | {name: given[name] for name in given if name in flags}
+    if args.settings["n_embd"] % args.settings["n_head"]:
+        fail("--n-embd must be a multiple of --n-head")
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if args.device == "auto":
+        args.device = next(filter(available.get, available))
+    if not available[args.device]:
         fail(f"--device {args.device}: this machine has none that PyTorch can use; try --device auto")
     return args
 
 
 def fail(message):
-    print(f"passn.py: {message}", file=sys.stderr)
+    print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
     sys.exit(2)
 
 
-def build(args, seed):
-    """The task, the (loss, N) to train it with, and the number of tries to show."""
+def jobs(args):
+    """The arguments of `train` for every run, seed by seed."""
+    for seed in range(args.seed, args.seed + args.seeds):
+        wanted = inspect.signature(TASKS[args.task]).parameters
+        task = TASKS[args.task](seed, **{name: args.settings[name] for name in args.settings if name in wanted})
+        plan = "frontier" if args.frontier else args.loss
+        for place, changes in enumerate(KINDS[task.kind].plans.get(plan, [{"loss": args.loss}])):
+            yield args.settings | changes | dict(task=task, seed=seed, device=args.device, out=args.out, place=place)
+
+
+def run_job(job):
+    """One run, on one thread. Returns it, or a sentence where its training diverged."""
+    torch.set_num_threads(1)  # more gain little for models this small, and fight with whatever else is running
     try:
-        task = TASKS[args.task](seed, *[args.math_dir, args.model] * (args.task == "math"))
-    except (OSError, ValueError) as error:
-        fail(error)
-    kind, N = KINDS[task.kind], args.N or SETTINGS[task.name]["N"]
-    losses = {"both": ["ce", "limited"], "all": kind.losses or LOSSES}.get(args.loss, [args.loss])
-    if kind.losses and args.loss in LOSSES.keys() - kind.losses:
-        fail(f"--loss {args.loss} needs p itself, which --task {task.name} only estimates: use --loss ce or limited")
-    plan = [(loss, N) for loss in losses]
-    if args.frontier:
-        plan = [("ce" if N == 1 else "limited", N) for N in kind.frontier]
-    return task, plan, kind.goal or N
+        return train(**job)[0]
+    except FloatingPointError as error:
+        return f"{job['loss']} N={job['N']}, seed {job['seed']} {error}"
+
+
+def run_side_by_side(args):
+    """The runs, as they end: on a CPU as many at a time as it has cores, each in a process of its own."""
+    if args.device != "cpu" or os.cpu_count() == 1 or (args.loss in LOSSES and args.seeds == 1):
+        yield from map(run_job, jobs(args))
+        return
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(os.cpu_count(), context, signal.signal, (signal.SIGINT, signal.SIG_DFL)) as pool:
+        try:
+            for future in as_completed([pool.submit(run_job, job) for job in jobs(args)]):
+                yield future.result()
+        except BaseException:  # Ctrl-C, or a run that failed, ends all
+            for process in multiprocessing.active_children():
+                process.terminate()
+            raise
+
+
+def report(args, run):
+    """The figure and the table of all finished runs of the run's task."""
+    N = args.settings["tries"]
+    if f"pass@{N}" not in run["history"][-1]["test"]:
+        print(f"pass@{N} cannot be estimated from so few samples; shown is pass@64")
+        N = 64
+    rows = load_runs(args.out, run["task"], run["config"]["data"], N)
+    draw(rows, N, Path(args.out) / f"{run['task']}{'-frontier' * args.frontier}.png")
+    print_table(rows, N)
+    print_tries(rows)
 
 
 def main(argv=None):
-    for stream in (sys.stdout, sys.stderr):  # no console is too plain for an arrow
+    """Train and report, or draw the theory. Returns the exit status."""
+    for stream in (sys.stdout, sys.stderr):  # some consoles cannot print →
         getattr(stream, "reconfigure", lambda **_: None)(errors="replace")
     args, run, status = parse_arguments(argv), None, 0
     try:
-        args.out.mkdir(parents=True, exist_ok=True)
+        Path(args.out).mkdir(parents=True, exist_ok=True)
         if args.theory:
-            theory(args.N or 64, args.out / "theory.png")
+            draw_theory(args.settings["N"], Path(args.out) / "theory.png")
             return 0
-        try:
-            for seed in range(args.seed, args.seed + args.seeds):
-                task, plan, goal = build(args, seed)
-                for loss, N in plan:
-                    run, _ = train(task, loss, N, seed, args.device, args.out, **args.changes)
-                    print(f"{run['history'][-1]['seconds']:.0f} s, saved in {args.out / path_of(run)}")
-        except KeyboardInterrupt:
-            status = 130
-            print(f"\nInterrupted; what was measured until then is kept in {args.out}", file=sys.stderr)
-        groups = run and load_runs(args.out, run["task"])
-        if groups:
-            measured = measured_tries(groups)
-            N = min(measured, key=lambda n: abs(math.log(n / goal)))  # where some run lacks that pass@N, the nearest
-            print_table(groups, N)
-            print(in_words(groups, N))
-            draw(groups, N, args.out / f"{run['task']}{'-frontier' * args.frontier}.png")
-            print(run["example"])
+        for result in run_side_by_side(args):
+            if isinstance(result, str):
+                print(result, file=sys.stderr)
+                status = 2
+            else:
+                run = result
+                print(f"{run['history'][-1]['seconds']:.0f} s, saved in {Path(args.out, run['file'])}.json", file=sys.stderr)
+        if run:
+            report(args, run)
+        return status
+    except KeyboardInterrupt:
+        print(f"\nInterrupted. In {args.out} are the finished runs, *.json, and what was measured of others, *.partial.",
+              file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # whoever read the output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except OSError as error:
-        fail(f"cannot write to --out {args.out} ({error.strerror}): give a folder with room that you may write to; "
-             f"what was saved before is kept")
-    return status
+        fail(f"{error.filename or args.out}: {error.strerror}; what was saved before is kept")
+    except ValueError as error:
+        fail(error)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    status = main()
+    if status == 130 and os.name == "posix":  # end as Ctrl-C does, so that a shell's loop ends too
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        os.kill(os.getpid(), signal.SIGINT)
+    sys.exit(status)

@@ -1,13 +1,15 @@
 """The tasks: problems with one right answer each, as tokens.
 
-A task is what passn.py sees of the world: a vocabulary, and for training and testing a matrix of prompts (padded in
-front, so that every answer starts in the same column) and one of answers (padded behind), or a table of proofs. Each
-builder below makes one; `TASKS` at the end lists them by name. Of which kind its answers are, and so how they are
-trained and measured, is said once, by `kind`: see section 4 of passn.py.
+A task is what passn.py sees of the world: a vocabulary, and for training and for testing a matrix of prompts (padded in
+front, so that every answer starts in the same column) and one of answers (padded at the end), or a table of proofs. Each
+builder below makes one; `TASKS` at the end lists them by name. `kind` says how a task's answers are trained and measured:
+see section 4 of passn.py.
 """
 
+import hashlib
 import json
 import re
+import sys
 from collections import Counter
 from functools import lru_cache
 from math import inf, prod
@@ -18,24 +20,21 @@ from typing import NamedTuple
 import torch
 from tqdm import tqdm
 
-PAD, END = 0, 1  # the first two tokens of every vocabulary: filling, and "the answer ends here"
-NO_TOKEN = -100  # the filling where a pretrained model answers, all of whose tokens may be words
+PAD, END = 0, 1  # the first two tokens of every vocabulary: padding, and "the answer ends here"
 
 
 class Task(NamedTuple):
     name: str
-    kind: str  # of the answers: a name in passn.py's KINDS
+    kind: str  # of its answers: a name in passn.py's KINDS
     vocab: list  # vocab[token] is the token's text
     length: int  # tokens of a prompt and its answer together
-    train: tuple  # prompts (P, prompt length) and answers (P, answer length), int64; of proofs' steps a third, the
-    # tokens that can be the answer (P, vocabulary)
-    test: tuple  # prompts and answers; of proofs the test theorems' `ProofTable`
-    guesses: torch.Tensor | None = None  # where answers can be guessed: how often each is right in training (A,)
-    test_guess: torch.Tensor | None = None  # the test answers' places in `guesses` (P,), -1 where not among them
-    final: int = 0  # where an answer holds a reasoning trace: its last so many tokens are what counts
-    train_table: "ProofTable | None" = None  # of proofs: some training theorems, to measure on
-    model: str = ""  # a pretrained model that answers, in its own tokens: then prompts are tuples of any length, and
-    # answers are padded with NO_TOKEN
+    train: tuple  # prompts (P, prompt length) and answers (P, answer length), int64; of theorems a `ProofTable`
+    test: tuple  # the same
+    answer_length: int = 0  # where an answer holds a reasoning trace: its last so many tokens are what counts
+    steps: torch.Tensor | None = None  # of known proofs: (n, 3), each step's theorem, row in the table, and tactic
+    answer_frequencies: torch.Tensor | None = None  # (A,) where answers can be guessed: how often each is right in training
+    test_answer_index: torch.Tensor | None = None  # (P,) the test answers' indices in these, -1 where not among them
+    data: str = ""  # which data set the problems are from, where they are not made here
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -71,7 +70,7 @@ def factors(seed, number):
 
 def cot(seed=0, num_train=500, num_test=300):
     """The products of `multiply`, each answered by a trace: the two partial products in either order, and their sum.
-    Each training problem has one trace, of an order drawn once; right is whatever ends in the right sum."""
+    Each training problem has one trace, in an order drawn once; whatever ends in the right sum is right."""
     vocab = ["<pad>", "<end>", *"0123456789*:+="]
     pairs, generator = factors(seed, num_train + num_test)
     units_first = (torch.rand(len(pairs), generator=generator) < 0.5).tolist()
@@ -82,7 +81,7 @@ def cot(seed=0, num_train=500, num_test=300):
         traces.append(f"{first:04d}+{second:04d}={a * b:04d}")
     prompts, answers = encode([f"{a}*{b}:" for a, b in pairs.tolist()], vocab), encode(traces, vocab)
     return Task("cot", "traces", vocab, 6 + 14, (prompts[:num_train], answers[:num_train]),
-                (prompts[num_train:], answers[num_train:]), final=4)
+                (prompts[num_train:], answers[num_train:]), answer_length=4)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -103,10 +102,10 @@ FIRST_TACTIC = 2  # the token of tactic k is FIRST_TACTIC + k: `intro`, or a hyp
 
 
 def apply_tactic(state, tactic):
-    """The states that are left to prove after a tactic, () where that ends the proof; None if it does not apply.
+    """The subgoals that a tactic leaves to prove, () where it ends the proof; None if it does not apply.
 
-    intro: the goal A→B becomes B, with A among the hypotheses. apply k, where hypothesis k is A1→…→An→goal: A1 … An are
-    left, under the same hypotheses (n = 0: it is the goal itself)."""
+    intro: the goal A→B becomes B, with A among the hypotheses. apply k, where hypothesis k is A1→…→An→goal: the subgoals
+    are A1 … An, under the same hypotheses (n = 0: it is the goal itself)."""
     hypotheses, goal = state
     if tactic == 0:
         if isinstance(goal, str):
@@ -115,40 +114,42 @@ def apply_tactic(state, tactic):
         return ((hypotheses if premise in hypotheses else (*hypotheses, premise), conclusion),)
     if not 1 <= tactic <= len(hypotheses):
         return None
-    formula, left = hypotheses[tactic - 1], ()
+    formula, subgoals = hypotheses[tactic - 1], ()
     while formula != goal:
         if isinstance(formula, str):
             return None
         premise, formula = formula
-        left += ((hypotheses, premise),)
-    return left
+        subgoals += ((hypotheses, premise),)
+    return subgoals
 
 
 @lru_cache(512)
 def tactics(state):
-    """{tactic: the states it leaves}, for all tactics that apply."""
-    left = {tactic: apply_tactic(state, tactic) for tactic in range(len(state[0]) + 1)}
-    return {tactic: states for tactic, states in left.items() if states is not None}
+    """{tactic: the subgoals it leaves}, for all tactics that apply."""
+    subgoals = {tactic: apply_tactic(state, tactic) for tactic in range(len(state[0]) + 1)}
+    return {tactic: states for tactic, states in subgoals.items() if states is not None}
 
 
 @lru_cache(512)
-def prospect(state, depth=MAX_DEPTH):
+def solve(state, depth=MAX_DEPTH):
     """For attempts with at most `depth` tactics on a branch: the number of tactics in the state's shortest proof (inf
     if there is none), the first of them (of several, the lowest), and the probability that blind search, a uniform
-    choice among the tactics that apply, proves the state. What a tactic leaves is proved part by part."""
+    choice among the tactics that apply, proves the state. Each subgoal is proved on its own."""
     length, first, blind = inf, None, 0.0
-    for tactic, left in tactics(state).items() if depth else ():
-        parts = [prospect(part, depth - 1) for part in left]
-        blind += prod(part[2] for part in parts) / len(tactics(state))
-        if 1 + sum(part[0] for part in parts) < length:
-            length, first = 1 + sum(part[0] for part in parts), tactic
+    for tactic, subgoals in tactics(state).items() if depth else ():
+        solved = [solve(subgoal, depth - 1) for subgoal in subgoals]
+        blind += prod(chance for _, _, chance in solved) / len(tactics(state))
+        steps = 1 + sum(steps for steps, _, _ in solved)
+        if steps < length:
+            length, first = steps, tactic
     return length, first, blind
 
 
 def shortest_proof(state, depth=MAX_DEPTH):
     """The steps [(state, tactic), …] of a state's shortest proof, depth first."""
-    _, tactic, _ = prospect(state, depth)
-    return [(state, tactic)] + [step for part in tactics(state)[tactic] for step in shortest_proof(part, depth - 1)]
+    _, tactic, _ = solve(state, depth)
+    proofs = [shortest_proof(subgoal, depth - 1) for subgoal in tactics(state)[tactic]]
+    return [(state, tactic)] + sum(proofs, [])
 
 
 def reachable(theorem):
@@ -157,24 +158,24 @@ def reachable(theorem):
     for _ in range(MAX_DEPTH):
         frontier = [state for state in dict.fromkeys(frontier) if state not in states and tactics(state)]
         states |= dict.fromkeys(frontier)
-        frontier = [part for state in frontier for left in tactics(state).values() for part in left]
+        frontier = [subgoal for state in frontier for subgoals in tactics(state).values() for subgoal in subgoals]
     return [*states]
 
 
-def show(formula):
+def pretty(formula):
     """(("a", "b"), ("c", "d")) -> '(a→b)→c→d'"""
     if isinstance(formula, str):
         return formula
     premise, conclusion = formula
-    return (premise if isinstance(premise, str) else f"({show(premise)})") + "→" + show(conclusion)
+    return (premise if isinstance(premise, str) else f"({pretty(premise)})") + "→" + pretty(conclusion)
 
 
-def spell(state):
+def state_tokens(state):
     """A state as the model reads it: its formulas without arrows, each hypothesis followed by its number (right behind
     the atom that a goal must match), then ⊢ and the goal: ['(', 'a', 'b', ')', 'c', 'd', '1', 'a', '2', '⊢', 'd']"""
     hypotheses, goal = state
-    numbered = [[*show(formula).replace("→", ""), str(number)] for number, formula in enumerate(hypotheses, 1)]
-    return [*sum(numbered, []), "⊢", *show(goal).replace("→", "")]
+    numbered = [[*pretty(formula).replace("→", ""), str(number)] for number, formula in enumerate(hypotheses, 1)]
+    return [*sum(numbered, []), "⊢", *pretty(goal).replace("→", "")]
 
 
 class ProofTable(NamedTuple):
@@ -182,7 +183,7 @@ class ProofTable(NamedTuple):
     states: list  # the S states
     prompts: torch.Tensor  # (S, MAX_PROMPT)
     applicable: torch.Tensor  # (S, vocabulary): the tactics that apply
-    left: torch.Tensor  # (S, vocabulary, 2): the rows that each of them leaves to prove, or PROVED, or DEAD_END
+    subgoals: torch.Tensor  # (S, vocabulary, 2): the rows that each of them leaves to prove, or PROVED, or DEAD_END
     theorems: torch.Tensor  # (P,) the theorems' rows
     reach: list  # of each theorem, the rows of all states that attempts at it can come to
     length: torch.Tensor  # (P,) the number of tactics in the shortest proof
@@ -202,85 +203,101 @@ def proof_p(policy, table, failure=0.0):
     ends = torch.tensor([1.0, failure], dtype=torch.float64)  # in the places PROVED and DEAD_END
     p = torch.full((len(policy),), failure, dtype=torch.float64)
     for _ in range(MAX_DEPTH):
-        p = (policy * torch.cat([p, ends])[table.left].prod(dim=-1)).sum(dim=-1)
+        p = (policy * torch.cat([p, ends])[table.subgoals].prod(dim=-1)).sum(dim=-1)
     return p[table.theorems]
 
 
-def part_of(table, numbers):
-    """The part of a table that some of its theorems, given by their numbers, need for `proof_p`."""
-    rows = torch.tensor(sorted(set().union(*(table.reach[i] for i in numbers))))
-    place = torch.full((len(table.prompts) + 2,), DEAD_END)
+def part_of(table, theorems):
+    """The part of a table that `proof_p` needs for some of its theorems, a tensor of indices."""
+    rows = sorted(set().union(*(table.reach[i] for i in theorems.tolist())))
+    rows = torch.tensor(rows, dtype=torch.long)
+    place = torch.full((len(table.prompts) + 2,), DEAD_END)  # the old rows' new ones
     place[PROVED], place[rows] = PROVED, torch.arange(len(rows))
-    return table._replace(prompts=table.prompts[rows], applicable=table.applicable[rows], left=place[table.left[rows]],
-                          theorems=place[table.theorems[[*numbers]]])
+    return table._replace(prompts=table.prompts[rows], applicable=table.applicable[rows],
+                          subgoals=place[table.subgoals[rows]], theorems=place[table.theorems[theorems]])
+
+
+def sample_attempts(policy, table, num_attempts, generator=None):
+    """num_attempts sampled attempts at each of the table's P theorems, all at once, one depth after the other.
+
+    Returns which succeed, (P, num_attempts) bool, and the choices made in them, three tensors (C,): the attempt's index (a
+    theorem's attempts are neighbours), the state's row, and the tactic. An attempt stops where it has failed."""
+    rows = table.theorems.repeat_interleave(num_attempts)
+    attempts = torch.arange(len(rows))
+    failed = torch.zeros(len(rows), dtype=torch.bool)
+    choices = []
+    for _ in range(MAX_DEPTH):
+        if len(rows) == 0:
+            break
+        tactics = torch.multinomial(policy[rows], 1, generator=generator)[:, 0]
+        choices.append(torch.stack([attempts, rows, tactics]))
+        subgoals = table.subgoals[rows, tactics]  # (open states, 2)
+        is_open = subgoals != PROVED
+        rows, attempts = subgoals[is_open], attempts[:, None].expand_as(subgoals)[is_open]
+        failed[attempts[rows == DEAD_END]] = True
+        rows, attempts = rows[~failed[attempts]], attempts[~failed[attempts]]
+    failed[attempts] = True  # still open where no tactics are left
+    return ~failed.view(-1, num_attempts), *torch.cat(choices, dim=1)
 
 
 def attempt_proof(policy, table, row, generator=None, depth=MAX_DEPTH):
-    """One sampled attempt at the state of a row: the steps [(row, tactic's token, depth left), …] if it proves it, else
-    None."""
+    """One sampled attempt at the state of a row, as text if it proves it, else None. The text is a term: "4(1, intro(2))"
+    applies hypothesis 4 and proves its two premises by hypothesis 1 and by intro, then hypothesis 2."""
     if depth == 0 or row == DEAD_END:
         return None
-    token = torch.multinomial(policy[row], 1, generator=generator).item()
-    steps = [(row, token, depth)]
-    for part in table.left[row, token].tolist():
-        if part != PROVED:
-            proof = attempt_proof(policy, table, part, generator, depth - 1)
+    tactic = torch.multinomial(policy[row], 1, generator=generator).item()
+    proofs = []
+    for subgoal in table.subgoals[row, tactic].tolist():
+        if subgoal != PROVED:
+            proof = attempt_proof(policy, table, subgoal, generator, depth - 1)
             if proof is None:
                 return None
-            steps += proof
-    return steps
+            proofs.append(proof)
+    return PROVE_VOCAB[tactic] + (f"({', '.join(proofs)})" if proofs else "")
 
 
-def show_proof(policy, table):
-    """The first theorem that is proved within 64 attempts, and the proof, as text: each line a goal and the tactic used
-    on it; what the tactic leaves to prove stands below, indented."""
-    generator = torch.Generator().manual_seed(0)
-    attempts = ((n, attempt_proof(policy, table, row, generator))
-                for row in table.theorems.tolist() for n in range(1, 65))
-    n, proof = next(filter(lambda attempt: attempt[1], attempts), (0, None))
-    if proof is None:
-        return ""
-    hypotheses, goal = table.states[proof[0][0]]
-    lines = [f"A test theorem, and the proof that attempt {n} found:"]
-    lines += [f"  {number}: {show(formula)}" for number, formula in enumerate(hypotheses, 1)] + [f"  ⊢ {show(goal)}"]
-    for row, token, depth in proof:
+def show_attempts(policy, table, num_attempts, generator):
+    """Sampled attempts at the first three theorems: [(theorem, number of successes, [proof or "no proof", …]), …]."""
+    result = []
+    for row in table.theorems[:3].tolist():
         hypotheses, goal = table.states[row]
-        tactic = token - FIRST_TACTIC
-        if tactic:
-            used = f"apply {tactic}: {show(hypotheses[tactic - 1])}"
-        else:
-            (assumed, _), = apply_tactic((hypotheses, goal), tactic)
-            used = f"intro {assumed.index(goal[0]) + 1}: {show(goal[0])}"
-        lines.append(f"{'  ' * (MAX_DEPTH - depth + 2)}{show(goal)}".ljust(28) + used)
-    return "\n".join(lines)
+        proofs = [attempt_proof(policy, table, row, generator) for _ in range(num_attempts)]
+        numbered = [f"{number}: {pretty(formula)}" for number, formula in enumerate(hypotheses, 1)]
+        theorem = "  ".join([*numbered, f"⊢ {pretty(goal)}"])
+        result.append((theorem, num_attempts - proofs.count(None), [proof or "no proof" for proof in proofs]))
+    return result
 
 
 def prove(seed=0, num_train=300, num_test=300):
-    """Theorems, and of the training ones a shortest proof: an example is a state of it and the tactic used there."""
+    """Theorems, and a shortest proof of each training one: an example is a state in it and the tactic used there."""
     train, test = draw_theorems(seed, num_train, num_test)
-    return Task("prove", "steps", PROVE_VOCAB, MAX_PROMPT + 1, proof_steps(train), proof_table(test),
-                train_table=proof_table(train[:100]))
+    table = proof_table(train)
+    row = {state: i for i, state in enumerate(table.states)}
+    steps = [(theorem, row[state], FIRST_TACTIC + tactic) for theorem, start in enumerate(train)
+             for state, tactic in dict.fromkeys(shortest_proof(start))]
+    return Task("prove", "steps", PROVE_VOCAB, MAX_PROMPT + 1, table, proof_table(test), steps=torch.tensor(steps))
 
 
 def search(seed=0, num_train=300, num_test=300):
-    """The theorems of `prove`, and no proofs: an example is a theorem, with all that attempts at it can come to."""
+    """The theorems of `prove`, without proofs: an example is a theorem, with all states that attempts at it can reach."""
     train, test = map(proof_table, draw_theorems(seed, num_train, num_test))
-    return Task("search", "searches", PROVE_VOCAB, MAX_PROMPT + 1, train, test,
-                train_table=part_of(train, range(min(100, num_train))))
+    return Task("search", "searches", PROVE_VOCAB, MAX_PROMPT + 1, train, test)
 
 
 def draw_theorems(seed, num_train, num_test):
-    """Theorems (eight random hypotheses and a goal) that can be proved, but hardly by blind search. None is another one
-    with its atoms renamed or its hypotheses in another order."""
-    random, theorems = Random(seed), {}
-    with tqdm(total=num_train + num_test, desc="drawing theorems", leave=False) as bar:
+    """Theorems (eight random hypotheses and a goal) that can be proved, but hardly by blind search. That two are the same
+    up to the names of their atoms is too unlikely to check (a test does)."""
+    random, theorems = Random(seed), []
+    with tqdm(total=num_train + num_test, desc="drawing theorems", leave=False, disable=sys.stderr is None) as bar:
         while len(theorems) < num_train + num_test:
             theorem = random_theorem(random)
-            length, _, blind = prospect(theorem)
-            if length < inf and blind <= MAX_BLIND and max(len(spell(s)) for s in reachable(theorem)) <= MAX_PROMPT:
-                theorems.setdefault(fingerprint(theorem), theorem)
-                bar.update(len(theorems) - bar.n)
-    return [*theorems.values()][:num_train], [*theorems.values()][num_train:]
+            length, _, blind = solve(theorem)
+            if length == inf or blind > MAX_BLIND:
+                continue
+            if max(len(state_tokens(state)) for state in reachable(theorem)) <= MAX_PROMPT:
+                theorems.append(theorem)
+                bar.update()
+    return theorems[:num_train], theorems[num_train:]
 
 
 def random_theorem(random):
@@ -298,34 +315,9 @@ def random_theorem(random):
     return tuple(hypotheses), atom() if random.random() < 0.6 else (atom(), atom())
 
 
-def fingerprint(theorem):
-    """A text that is the same for theorems that differ only in the atoms' names and the hypotheses' order: each atom's
-    name becomes its rank among the descriptions of what stands around the atoms, again and again."""
-    hypotheses, goal = theorem
-    names = dict.fromkeys(ATOMS, "")
-
-    def renamed(formula, marked=None):
-        if isinstance(formula, str):
-            return names[formula] + "*" * (formula == marked)
-        return f"({renamed(formula[0], marked)}→{renamed(formula[1], marked)})"
-
-    for _ in ATOMS:
-        around = {atom: str([sorted(renamed(h, atom) for h in hypotheses), renamed(goal, atom)]) for atom in ATOMS}
-        ranks = sorted(set(around.values()))
-        names = {atom: str(ranks.index(around[atom])) for atom in ATOMS}
-    return str([sorted(map(renamed, hypotheses)), renamed(goal)])
-
-
-def proof_steps(theorems):
-    """The steps of the theorems' shortest proofs: prompts (n, MAX_PROMPT), tactics (n, 1) and the tactics that applied
-    (n, vocabulary)."""
-    states, chosen = zip(*(step for theorem in theorems for step in dict.fromkeys(shortest_proof(theorem))))
-    return read(states), torch.tensor(chosen)[:, None] + FIRST_TACTIC, applicable_tactics(states)
-
-
-def read(states):
+def states_to_prompts(states):
     """The states as prompts, padded in front: (number of states, MAX_PROMPT)."""
-    texts = [spell(state) for state in states]
+    texts = [state_tokens(state) for state in states]
     return encode([["<pad>"] * (MAX_PROMPT - len(text)) + text for text in texts], PROVE_VOCAB)
 
 
@@ -342,15 +334,15 @@ def proof_table(theorems):
     reach = [reachable(theorem) for theorem in theorems]
     states = [*dict.fromkeys(state for own in reach for state in own)]
     row = {state: i for i, state in enumerate(states)}
-    left = torch.full((len(states), len(PROVE_VOCAB), 2), PROVED)
+    subgoals = torch.full((len(states), len(PROVE_VOCAB), 2), PROVED)
     for state in states:
-        for tactic, parts in tactics(state).items():
-            for i, part in enumerate(parts):
-                left[row[state], FIRST_TACTIC + tactic, i] = row.get(part, DEAD_END)
+        for tactic, left in tactics(state).items():
+            for i, subgoal in enumerate(left):
+                subgoals[row[state], FIRST_TACTIC + tactic, i] = row.get(subgoal, DEAD_END)
     proofs = [shortest_proof(theorem) for theorem in theorems]
     branching = [sum(len(tactics(state)) for state, _ in proof) / len(proof) for proof in proofs]
-    blind = torch.tensor([prospect(theorem)[2] for theorem in theorems], dtype=torch.float64)
-    return ProofTable(states, read(states), applicable_tactics(states), left,
+    blind = torch.tensor([solve(theorem)[2] for theorem in theorems], dtype=torch.float64)
+    return ProofTable(states, states_to_prompts(states), applicable_tactics(states), subgoals,
                       torch.tensor([row[theorem] for theorem in theorems]), [[row[s] for s in own] for own in reach],
                       torch.tensor([*map(len, proofs)]), torch.tensor(branching), blind)
 
@@ -364,30 +356,12 @@ SUBJECTS = ["algebra", "counting_and_probability", "geometry", "intermediate_alg
             "prealgebra", "precalculus"]
 
 
-def math_questions(seed=0, math_dir=None, model=None):
+def math_questions(seed=0, math_dir=""):
     """A MATH question -> its integer answer. The split is the dataset's own, so `seed` changes nothing here.
 
     A word, a LaTeX command, a digit or a sign is a token; a word that the training questions use only once is
-    '<unk>'. An answer is its sign and digits and END: at most 5 tokens. Where a pretrained model is named, the same
-    problems are told in its own tokens."""
-    problems = {}
-    for split in ("train", "test"):
-        examples = read_math_dir(math_dir, split) if math_dir else download_math(split)
-        problems[split] = [(example["problem"], answer) for example in examples
-                           if (answer := integer_answer(example["solution"])) is not None
-                           and "[asy]" not in example["problem"] and len(words(example["problem"])) <= MAX_QUESTION]
-        if model:
-            problems[split].sort(key=lambda problem: len(problem[0]))  # by length, for speed
-        if not problems[split]:
-            raise ValueError(f"the {split} problems have no short question with an integer answer: "
-                             f"is this really the MATH dataset?")
-    answer_counts = Counter(answer for _, answer in problems["train"])
-    place = {answer: i for i, answer in enumerate(answer_counts)}
-    guesses = torch.tensor(list(answer_counts.values()), dtype=torch.float64)
-    blind = guesses / guesses.sum(), torch.tensor([place.get(answer, -1) for _, answer in problems["test"]])
-    if model:
-        return Task("math-lm", "pretrained", [], 0, *in_tokens_of(model, problems), *blind, model=model)
-
+    '<unk>'. An answer is its sign and digits and END: at most 5 tokens."""
+    problems = {split: math_problems(math_dir, split) for split in ("train", "test")}
     counts = Counter(word for question, _ in problems["train"] for word in words(question))
     signs = [*"-0123456789"]
     common = sorted(word for word in counts if counts[word] > 1 and word not in signs)
@@ -397,42 +371,36 @@ def math_questions(seed=0, math_dir=None, model=None):
     def as_tokens(split):
         questions = [[word if word in known else "<unk>" for word in words(text)] for text, _ in problems[split]]
         questions = [["<pad>"] * (MAX_QUESTION - len(question)) + question for question in questions]
-        answers = encode([[*answer, "<end>"] + ["<pad>"] * (4 - len(answer)) for _, answer in problems[split]], vocab)
-        return encode(questions, vocab), answers
+        answers = [[*answer, "<end>"] + ["<pad>"] * (4 - len(answer)) for _, answer in problems[split]]
+        return encode(questions, vocab), encode(answers, vocab)
 
-    return Task("math", "answers", vocab, MAX_QUESTION + 5, as_tokens("train"), as_tokens("test"), *blind)
-
-
-def in_tokens_of(model, problems):
-    """Questions and answers, of the training problems and the test's, as a pretrained model reads them."""
-    tokenizer = language_model(model)[1]
-    for split in ("train", "test"):
-        questions, answers = zip(*problems[split])
-        x = tokenizer([f"{question}\nAnswer:" for question in questions])["input_ids"]
-        y = tokenizer([f" {answer}" for answer in answers], add_special_tokens=False)["input_ids"]
-        width = max(map(len, y))
-        y = torch.tensor([row + [tokenizer.eos_token_id] + [NO_TOKEN] * (width - len(row)) for row in y])
-        yield tuple(map(tuple, x)), y
+    return Task("math", "answers", vocab, MAX_QUESTION + 5, as_tokens("train"), as_tokens("test"),
+                **answers_to_guess(problems), data=digest(problems))
 
 
-@lru_cache(1)
-def language_model(name):
-    """A pretrained causal language model, built like Llama, and its tokenizer: of a name on the Hugging Face hub, a
-    folder, or a .gguf file. In bfloat16 where a processor here is made for it, and so twice as fast; else float32."""
-    path, fast = Path(name), getattr(torch.cpu, "get_capabilities", dict)().get("avx512_bf16")
-    dtype = torch.bfloat16 if fast or torch.cuda.is_available() else torch.float32
-    place, file = (path.parent, {"gguf_file": path.name}) if path.suffix == ".gguf" else (name, {})
-    unpack = {"quantization_config": {"quant_method": "gguf", "dequantize": True}} if file else {}  # to be trained
-    try:
-        from transformers import AutoModelForCausalLM, AutoTokenizer
-        tokenizer = AutoTokenizer.from_pretrained(place, **file)
-        model = AutoModelForCausalLM.from_pretrained(place, dtype=dtype, attn_implementation="eager", **file, **unpack)
-        model.model.layers, model.model.rotary_emb, tokenizer.eos_token_id + 0  # what is needed of them
-        return model, tokenizer
-    except Exception as error:  # no package, no such name, no network, no tokenizer: errors of many kinds
-        reason = str(error).strip().split("\n")[0]
-        raise ValueError(f"--model {name}: {reason} (needed are pip install transformers gguf, and a model built like "
-                         f"Llama with its tokenizer: a name on the Hugging Face hub, a folder or a .gguf file)") from None
+def math_problems(math_dir, split):
+    """The problems of a split that are used: [(question, answer), …], without pictures, short, with an integer answer."""
+    examples = read_math_dir(math_dir, split) if math_dir else download_math(split)
+    problems = [(example["problem"], integer_answer(example["solution"])) for example in examples]
+    problems = [(question, answer) for question, answer in problems if answer is not None
+                and "[asy]" not in question and len(words(question)) <= MAX_QUESTION]
+    if not problems:
+        raise ValueError(f"the {split} problems have no short question with an integer answer: is this the MATH dataset?")
+    return problems
+
+
+def answers_to_guess(problems):
+    """What a guesser knows: the frequencies of the training answers, and where the test answers stand among them."""
+    counts = Counter(answer for _, answer in problems["train"])
+    index = {answer: i for i, answer in enumerate(counts)}
+    frequencies = torch.tensor([*counts.values()], dtype=torch.float64) / len(problems["train"])
+    test_index = torch.tensor([index.get(answer, -1) for _, answer in problems["test"]])
+    return {"answer_frequencies": frequencies, "test_answer_index": test_index}
+
+
+def digest(problems):
+    """Eight characters that tell one set of problems from another."""
+    return hashlib.sha256(json.dumps(problems).encode()).hexdigest()[:8]
 
 
 def words(text):
@@ -464,33 +432,30 @@ def integer_answer(solution):
 
 def read_math_dir(directory, split):
     """The examples of a split: from <directory>/<split>.jsonl, or <directory>/<split>/<subject>/<number>.json."""
-    lines_file, folder = Path(directory) / f"{split}.jsonl", Path(directory) / split
-    def read(file):
+    texts, lines_file = {}, Path(directory) / f"{split}.jsonl"
+    files = [lines_file] if lines_file.is_file() else (Path(directory) / split).glob("*/*.json")
+    for file in sorted(files, key=lambda file: (file.parent.name, len(file.stem), file.stem)):
         try:
-            return file.read_text(encoding="utf-8")
+            text = file.read_text(encoding="utf-8-sig")
         except UnicodeDecodeError:
-            raise ValueError(f"{file}: not UTF-8 text; mend or remove it") from None
-
-    if lines_file.is_file():
-        lines = read(lines_file).split("\n")
-        texts = {f"{lines_file}, line {i}": line for i, line in enumerate(lines, 1) if line.strip()}
-    else:
-        files = sorted(folder.glob("*/*.json"), key=lambda file: (file.parent.name, len(file.stem), file.stem))
-        texts = {str(file): read(file) for file in files}
+            raise ValueError(f"{file}: not UTF-8 text; fix or remove it") from None
+        parts = text.split("\n") if file == lines_file else [text]
+        texts |= {f"{file}, line {i}": part for i, part in enumerate(parts, 1) if part.strip()}
     if not texts:
         raise ValueError(f"no MATH problems in {directory}: it needs {split}.jsonl with one object a line, or "
                          f"{split}/<subject>/<number>.json")
-    examples = []
-    for place, text in texts.items():
-        try:
-            example = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{place}: not JSON ({error}); mend or remove it") from None
-        for key in ("problem", "solution"):
-            if not isinstance(example, dict) or not isinstance(example.get(key), str):
-                raise ValueError(f"{place}: no text under the key '{key}'; each problem needs 'problem' and 'solution'")
-        examples.append(example)
-    return examples
+    return [parse_example(text, place) for place, text in texts.items()]
+
+
+def parse_example(text, place):
+    try:
+        example = json.loads(text)
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise ValueError(f"{place}: not JSON ({error}); fix or remove it") from None
+    for key in ("problem", "solution"):
+        if not isinstance(example, dict) or not isinstance(example.get(key), str):
+            raise ValueError(f"{place}: no text under the key '{key}'; each problem needs 'problem' and 'solution'")
+    return example
 
 
 def download_math(split):
@@ -503,7 +468,7 @@ def download_math(split):
     try:
         return [example for subject in SUBJECTS
                 for example in load_dataset("EleutherAI/hendrycks_math", subject, split=split)]
-    except Exception as error:  # no network, no such dataset, no disk: the package has errors of many kinds
+    except Exception as error:  # no network, no such dataset, no disk: the package raises errors of many kinds
         reason = str(error).strip().split("\n")[0]
         raise ValueError(f"could not download the MATH dataset ({reason}): check the network, or give --math-dir DIR "
                          f"with train.jsonl and test.jsonl") from None
