@@ -535,7 +535,7 @@ SETTINGS = {
     "multiply": DEFAULTS | {"batch_size": 100, "learning_rate": 2e-3},
     "cot": DEFAULTS | {"epochs": 80, "evaluations": 8, "num_traces": 32, "resample_every": 2},
     "prove": DEFAULTS | {"epochs": 40, "per_step": False},
-    "search": DEFAULTS | {"epochs": 8, "evaluations": 4, "batch_size": 10, "reinforce": 0},
+    "search": DEFAULTS | {"epochs": 8, "evaluations": 8, "batch_size": 10, "reinforce": 0},
     "math": DEFAULTS | {"epochs": 8, "evaluations": 8, "learning_rate": 2e-3, "n_embd": 128, "math_dir": ""},
 }
 HELP = {
