@@ -10,7 +10,6 @@ run it:
 """
 
 import argparse
-import inspect
 import json
 import math
 import multiprocessing
@@ -29,7 +28,7 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
-from toy_tasks import END, PAD, TASKS, part_of, proof_p, sample_attempts, show_attempts
+from toy_tasks import PAD, TASKS, mask_after_end, part_of, proof_p, sample_attempts, show_attempts
 
 # ==== 1. pass@N ===========================================================================================
 #
@@ -198,13 +197,14 @@ class Block(nn.Module):
         B, T, C = x.shape
         Q, K = mask.shape
         normed = self.ln_1(x)
-        q = self.query(normed[:, -Q:])
-        k, v = self.key_value(normed).split(C, dim=-1)
-        q, k, v = (t.view(B, -1, self.n_head, C // self.n_head).transpose(1, 2) for t in (q, k, v))  # (B, heads, ·, ·)
+        qkv = self.query(normed[:, -Q:]), *self.key_value(normed).split(C, dim=-1)
+        q, k, v = (t.view(B, -1, self.n_head, C // self.n_head).transpose(1, 2) for t in qkv)  # (B, heads, ·, ·)
         if cache is not None:  # (2, B, heads, ·, ·): the K - T positions before x are in it already
-            cache[0][:, :, K - T:K], cache[1][:, :, K - T:K] = k, v
-            k, v = cache[:, :, :, :K]
-        attended = (q * q.shape[-1] ** -0.5 @ k.transpose(-1, -2) + mask).softmax(dim=-1) @ v
+            keys, values = cache
+            keys[:, :, K - T:K], values[:, :, K - T:K] = k, v
+            k, v = keys[:, :, :K], values[:, :, :K]
+        scores = q * q.shape[-1] ** -0.5 @ k.transpose(-1, -2)
+        attended = (scores + mask).softmax(dim=-1) @ v
         x = x[:, -Q:] + self.projection(attended.transpose(1, 2).reshape(B, Q, C))
         return x + self.mlp(self.ln_2(x))
 
@@ -240,22 +240,23 @@ class GPT(nn.Module):
 def sample(model, prompts, num_new_tokens, temperature=1.0, generator=None):
     """Continue prompts (B, T) by sampling each next token from softmax(logits / temperature), greedily at
     temperature 0. Returns the (B, num_new_tokens) new tokens."""
-    chunk = 1024 if prompts.device.type == "cpu" else 16384  # on a CPU a larger cache is waited for
-    cache = torch.empty(model.n_layer, 2, min(len(prompts), chunk), model.n_head, prompts.shape[1] + num_new_tokens,
-                        model.n_embd // model.n_head, device=prompts.device)  # keys and values
-    texts = []
-    for tokens in prompts.split(chunk):
-        texts.append(tokens[:, :0])
-        for _ in range(num_new_tokens):
-            start = prompts.shape[1] + texts[-1].shape[1] - tokens.shape[1]  # these are in the cache
-            logits = model(tokens, last=1, cache=cache[:, :, :len(tokens)], start=start)[:, 0]
-            if temperature == 0:
-                tokens = logits.argmax(dim=-1, keepdim=True)
-            else:
-                tokens = torch.multinomial(F.softmax(logits / temperature, dim=-1), 1, generator=generator)
-            texts[-1] = torch.cat([texts[-1], tokens], dim=1)
-    return torch.cat(texts)
-
+    chunk = 1024 if prompts.device.type == "cpu" else 16384  # on a CPU a larger cache is slower
+    if len(prompts) > chunk:
+        chunks = [sample(model, some, num_new_tokens, temperature, generator) for some in prompts.split(chunk)]
+        return torch.cat(chunks)
+    B, T = prompts.shape
+    cache = torch.empty(model.n_layer, 2, B, model.n_head, T + num_new_tokens, model.n_embd // model.n_head,
+                        device=prompts.device)  # keys and values
+    tokens = texts = prompts
+    for _ in range(num_new_tokens):
+        start = texts.shape[1] - tokens.shape[1]  # so many are in the cache
+        logits = model(tokens, last=1, cache=cache, start=start)[:, 0]
+        if temperature == 0:
+            tokens = logits.argmax(dim=-1, keepdim=True)
+        else:
+            tokens = torch.multinomial(F.softmax(logits / temperature, dim=-1), 1, generator=generator)
+        texts = torch.cat([texts, tokens], dim=1)
+    return texts[:, T:]
 
 # ==== 4. From a model to p ================================================================================
 #
@@ -300,7 +301,7 @@ class Answers:
 
     def log_p(self, model, batch):
         """log p of a batch (B,) of training examples, given by their indices: (B,), differentiable."""
-        x, y = (tensor[batch].to(self.device) for tensor in self.task.train)
+        x, y = (tensor[batch] for tensor in self.task.train)
         return answer_log_p(answer_logits(model, x, y), y)
 
     def objective(self, model, batch, loss, N):
@@ -309,8 +310,7 @@ class Answers:
 
     def problems(self, split):
         """The prompts and answers that are measured: all test problems, or some training problems."""
-        some = self.train_subset if split == "train" else slice(None)
-        return [tensor[some].to(self.device) for tensor in getattr(self.task, split)]
+        return self.task.test if split == "test" else [tensor[self.train_subset] for tensor in self.task.train]
 
     def measure(self, model, split, temperatures):
         """{temperature: (p, confidence, number of samples)} of the problems of a split.
@@ -319,12 +319,12 @@ class Answers:
         greedy answer. Both are exact, and the number of samples is None, or they are shares among that number."""
         x, y = self.problems(split)
         greedy = mask_after_end(sample(model, x, y.shape[1], temperature=0))
-        result = {T: [] for T in temperatures}
-        for answers in (y, greedy):
-            logits = torch.cat([answer_logits(model, *part) for part in zip(x.split(1000), answers.split(1000))])
-            for T in temperatures:
-                result[T].append(answer_log_p(logits, answers, T).double().exp().cpu())
-        return {T: (*both, None) for T, both in result.items()}
+        logits, greedy_logits = answer_logits(model, x, y), answer_logits(model, x, greedy)
+        result = {}
+        for T in temperatures:
+            log_ps = answer_log_p(logits, y, T), answer_log_p(greedy_logits, greedy, T)
+            result[T] = *(log_p.double().exp().cpu() for log_p in log_ps), None
+        return result
 
     def baselines(self):
         """{name: N -> pass@N} of baselines that never see the question. Here they are guessers: they know how often each
@@ -335,29 +335,18 @@ class Answers:
                 "guess as limited tends": partial(guess_pass_at_n, self.task, limited_policy),
                 "guess optimally": partial(guess_pass_at_n, self.task, optimal_policy)}
 
-    def shapes(self):
-        """{name: …} of what else is known of each test problem, for the run's file."""
-        return {}
-
     def show_tries(self, model, num_tries):
         """What tries at the first three test problems give: [(problem, number of right tries, tries as text), …]."""
-        x, y = (tensor[:3] for tensor in self.problems("test"))
-        final = -(self.task.answer_length or y.shape[1])
+        x, y = (tensor[:3] for tensor in self.task.test)
         generator = torch.Generator(x.device).manual_seed(0)
         tries = sample(model, x.repeat_interleave(num_tries, dim=0), y.shape[1], generator=generator)
-        result = []
-        for prompt, answer, own in zip(x, y, mask_after_end(tries).split(num_tries)):
-            right, texts = self.text(answer[final:]), [self.text(tokens[final:]) for tokens in own]
-            result.append((self.text(prompt) + right, texts.count(right), texts))
-        return result
-
-    def text(self, tokens):
-        return "".join(self.task.vocab[token] for token in tokens if token > END)
+        return self.task.as_text(mask_after_end(tries).view(len(x), num_tries, -1))
 
 
 def answer_logits(model, prompts, answers):
     """The logits (B, A, vocab_size) that predict the tokens of answers (B, A), each with the right ones before it."""
-    return model(torch.cat([prompts, answers[:, :-1]], dim=1), last=answers.shape[1])
+    texts = torch.cat([prompts, answers[:, :-1]], dim=1)
+    return torch.cat([model(some, last=answers.shape[1]) for some in texts.split(1000)])
 
 
 def answer_log_p(logits, answers, temperature=1.0, ignore_index=PAD):
@@ -365,12 +354,6 @@ def answer_log_p(logits, answers, temperature=1.0, ignore_index=PAD):
     logits = logits if temperature == 1 else logits / temperature
     losses = F.cross_entropy(logits.flatten(0, 1), answers.flatten(), ignore_index=ignore_index, reduction="none")
     return -losses.view(answers.shape).sum(dim=1)
-
-
-def mask_after_end(sampled, end=END, filling=PAD):
-    """Sampled tokens (B, A), with filling after the first end token: what follows it is no part of the answer."""
-    is_end = sampled == end
-    return sampled.masked_fill(is_end.cumsum(dim=1) - is_end.long() > 0, filling)
 
 
 def guess_pass_at_n(task, policy, N):
@@ -400,8 +383,8 @@ class Traces(Answers):
 
     def new_epoch(self, model, epoch, N):
         if N > 1 and epoch % self.settings["resample_every"] == 0:
-            x, y = (tensor.to(self.device) for tensor in self.task.train)
-            traces = self.sample_traces(model, x, self.settings["num_traces"], 1.0, self.generator)
+            x, y = self.task.train
+            traces = sample_traces(model, x, y, self.settings["num_traces"], 1.0, self.generator)
             is_given = (traces == y[:, None]).all(dim=2)
             self.other_share = (self.same_answer(traces, y) & ~is_given).float().mean(dim=1)
 
@@ -416,21 +399,20 @@ class Traces(Answers):
         generator = torch.Generator(x.device).manual_seed(0)  # the same random numbers for every model
         result = {}
         for T in filter(self.num_samples.get, temperatures):
-            traces = self.sample_traces(model, x, self.num_samples[T], T, generator)
+            traces = sample_traces(model, x, y, self.num_samples[T], T, generator)
             p, confidence = (self.same_answer(traces, one).double().mean(dim=1).cpu() for one in (y, greedy))
             result[T] = p, confidence, self.num_samples[T]
         return result
 
-    def sample_traces(self, model, x, number, temperature, generator):
-        """(P, number, A)"""
-        length = self.task.train[1].shape[1]
-        traces = sample(model, x.repeat_interleave(number, dim=0), length, temperature, generator)
-        return traces.view(len(x), number, length)
-
     def same_answer(self, traces, trace):
         """Which of the traces (P, number, A) end in the same answer as one trace (P, A) does: (P, number)."""
-        final = -self.task.answer_length
-        return (traces[..., final:] == trace[:, None, final:]).all(dim=2)
+        return (self.task.final(traces) == self.task.final(trace)[:, None]).all(dim=2)
+
+
+def sample_traces(model, x, y, number, temperature, generator):
+    """(P, number, A) traces for the prompts x (P, T), as long as y (P, A)."""
+    traces = sample(model, x.repeat_interleave(number, dim=0), y.shape[1], temperature, generator)
+    return traces.view(len(x), number, -1)
 
 
 class Searches(Answers):
@@ -462,9 +444,7 @@ class Searches(Answers):
             raise ValueError(f"--reinforce estimates the gradient of --loss reward, not of {loss}")
         table = part_of(self.task.train, batch)
         log_policy = tactic_logits(model, table).log_softmax(dim=1)
-        is_proved, attempts, rows, tactics = sample_attempts(log_policy.exp(), table, num_attempts, self.generator)
-        log_pi = torch.zeros(is_proved.numel(), dtype=torch.float64)  # of an attempt, the sum over its choices:
-        log_pi = log_pi.index_add(0, attempts, log_policy[rows, tactics]).view_as(is_proved)
+        is_proved, log_pi = sample_attempts(log_policy, table, num_attempts, self.generator)
         weights = pass_at_n_weights(num_attempts, is_proved.sum(dim=1), N)
         return -(weights[:, None] * is_proved * log_pi).sum(dim=1).mean()
 
@@ -479,9 +459,6 @@ class Searches(Answers):
 
     def baselines(self):
         return {"blind search": lambda N: pass_at_n(self.task.test.blind, N).mean().item()}
-
-    def shapes(self):
-        return {name: getattr(self.task.test, name).tolist() for name in ("length", "branching", "blind")}
 
     def show_tries(self, model, num_tries):
         policy = tactic_logits(model, self.task.test).softmax(dim=1)
@@ -529,28 +506,26 @@ KINDS = {"answers": Answers, "traces": Traces, "searches": Searches, "steps": St
 # One loop for every loss and kind. Each setting is a flag of the command line, as in --learning-rate 3e-3, and is the same
 # for every loss.
 
-DEFAULTS = {"N": 64, "tries": 64, "epochs": 100, "evaluations": 10, "batch_size": 50, "learning_rate": 3e-3,
-            "weight_decay": 0.0, "eps": 1e-3, "pass_over": 0.1, "n_layer": 2, "n_head": 4, "n_embd": 64}
+DEFAULTS = {
+    "N": 64,  # tries that the loss trains for
+    "tries": 64,  # tries that tables and figures show
+    "epochs": 100,
+    "evaluations": 10,  # about so many, equally far apart
+    "batch_size": 50,
+    "learning_rate": 3e-3,  # at its peak
+    "weight_decay": 0.0,
+    "eps": 1e-3,  # Adam's; far above the usual 1e-8, so that small gradients make small steps
+    "pass_over": 0.1,  # the limited loss passes over examples with F(N, p) below this; 0: over none
+    "n_layer": 2,
+    "n_head": 4,
+    "n_embd": 64,  # the width
+}
 SETTINGS = {
     "multiply": DEFAULTS | {"batch_size": 100, "learning_rate": 2e-3},
     "cot": DEFAULTS | {"epochs": 80, "evaluations": 8, "num_traces": 32, "resample_every": 2},
     "prove": DEFAULTS | {"epochs": 40, "per_step": False},
     "search": DEFAULTS | {"epochs": 8, "evaluations": 8, "batch_size": 10, "reinforce": 0},
     "math": DEFAULTS | {"epochs": 8, "evaluations": 8, "learning_rate": 2e-3, "n_embd": 128, "math_dir": ""},
-}
-HELP = {
-    "N": "tries that the loss trains for",
-    "tries": "tries that tables and figures show",
-    "evaluations": "about so many, equally far apart",
-    "learning_rate": "at its peak",
-    "eps": "Adam's; far above the usual 1e-8, so that small gradients make small steps",
-    "pass_over": "the limited loss passes over examples with F(N, p) below this; 0: over none",
-    "n_embd": "the model's width",
-    "num_traces": "sampled for each training problem, to estimate p",
-    "resample_every": "epochs from one such sample to the next",
-    "per_step": "the limited loss of each step of a proof; N is then a step's",
-    "reinforce": "estimate the gradient from so many attempts at each theorem; 0: exact",
-    "math_dir": "folder of the MATH dataset; without it, the datasets package fetches it",
 }
 
 
@@ -565,24 +540,25 @@ def train(task, loss="limited", N=None, seed=0, device="cpu", out=None, place=0,
     N = 1 if loss == "ce" else settings["N"]
     torch.manual_seed(seed)  # the same first weights and the same order of examples for every loss
     order = torch.Generator().manual_seed(seed)
-    kind = KINDS[task.kind](task, settings, seed, device)
+    kind = KINDS[task.kind](task.to(device), settings, seed, device)
     model = kind.new_model().to(device)
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.99), eps=settings["eps"],
                                   weight_decay=settings["weight_decay"], fused=True)
     epochs, batch_size = settings["epochs"], settings["batch_size"]
     num_batches = math.ceil(kind.size / batch_size)
     run = new_run(kind, loss, N, seed)
+    name = f"{run['label']}, seed {seed}"
     waiting, updates, start = torch.empty(0, dtype=torch.long), 0, time.perf_counter()
 
-    name = f"{run['label']}, seed {seed}"
     with tqdm(None, name, epochs * num_batches, leave=False, position=place, disable=sys.stderr is None) as bar:
         for epoch in range(epochs + 1):
             kind.new_epoch(model, epoch, N)
             if epoch in evaluated_epochs(settings):
                 seconds = round(time.perf_counter() - start, 2)
-                record = {"epoch": epoch, "seconds": seconds, "updates": updates} | evaluate(kind, model, loss, N)
-                add_record(run, record, f"pass@{settings['tries']}")
+                record = {"epoch": epoch, "seconds": seconds, "updates": updates}
+                record |= evaluate(run, kind, model, loss, N)
                 bar.set_postfix_str(f"loss {record['loss']:.2f}, {updates} updates")
+                run["history"].append(record)
                 save(run, out, finished=epoch == epochs)
             if epoch == epochs:
                 return run, model
@@ -621,16 +597,24 @@ def evaluated_epochs(settings):
 
 
 @torch.no_grad()
-def evaluate(kind, model, loss, N):
-    """The model's measurements: what a record of a run's history holds, and p, confidence and tries of test problems."""
+def evaluate(run, kind, model, loss, N):
+    """Measure the model: what a record of the run's history holds. p and confidence of every test problem, now and in the
+    epoch with the best pass@N so far, and tries at the first are noted in the run itself."""
     if not all(parameter.isfinite().all() for parameter in model.parameters()):
         raise FloatingPointError("diverged: try a smaller --learning-rate or --weight-decay")
     loss_value = LOSSES[loss](kind.log_p(model, kind.train_subset), N).item()
     test = kind.measure(model, "test", TEMPERATURES)
     train = kind.measure(model, "train", [1.0])
     by_temperature = {f"{T:g}": means(*test[T], kind.eval_Ns) for T in test}
+    p, confidence, _ = test[1.0]
+    problems, goal = {"p": p.tolist(), "confidence": confidence.tolist()}, f"pass@{kind.settings['tries']}"
+    before = [record["test"].get(goal, 0) for record in run["history"]]
+    if by_temperature["1"].get(goal, 0) >= max(before, default=0):
+        run["problems"]["best"] = problems
+    run["problems"] |= problems
+    run["example"] = kind.show_tries(model, 64)
     return {"loss": loss_value, "test": by_temperature["1"], "train": means(*train[1.0], kind.eval_Ns),
-            "tempered": by_temperature, "problems": test[1.0][:2], "example": kind.show_tries(model, 64)}
+            "tempered": by_temperature}
 
 
 def means(p, confidence, num_samples, eval_Ns):
@@ -655,19 +639,9 @@ def new_run(kind, loss, N, seed):
     file = "-".join([task.name, loss, f"N{N}", *data, *changes, f"seed{seed}"])
     config = settings | {"N": N, "device": kind.device, "data": task.data}
     baselines = {name: {f"pass@{n}": baseline(n) for n in kind.eval_Ns} for name, baseline in kind.baselines().items()}
+    shapes = {name: values.tolist() for name, values in task.shapes.items()}
     return dict(task=task.name, loss=loss, N=N, seed=seed, label=label, file=file, config=config, history=[],
-                problems=kind.shapes(), rivals=baselines)
-
-
-def add_record(run, record, goal):
-    """Add a record to the history, and keep p and confidence of the problems, now and in the epoch with the best `goal`."""
-    p, confidence = record.pop("problems")
-    problems = {"p": p.tolist(), "confidence": confidence.tolist()}
-    run |= {"example": record.pop("example"), "problems": run["problems"] | problems}
-    run["history"].append(record)
-    values = [earlier["test"].get(goal, 0) for earlier in run["history"]]
-    if values[-1] == max(values):
-        run["problems"]["best"] = problems
+                problems=shapes, rivals=baselines)
 
 
 def save(run, out, finished):
@@ -956,13 +930,9 @@ def save_and_show(figure, path):
 
 OPTIONS = {"task": "multiply", "loss": "both", "frontier": False, "theory": False, "seed": 0, "seeds": 1, "device": "auto",
            "out": "out"}
-HELP |= {
-    "loss": "both compares cross-entropy and the limited loss; for search, the reward loss with N = 1 and N",
-    "frontier": "train with N = 1, 8, 64 and 512",
-    "theory": "train nothing: draw why each loss does what it does",
-    "seeds": "train so many seeds, from --seed on",
-    "out": "the folder for runs and figures",
-}
+HELP = {"loss": "both: cross-entropy and the limited loss; for search, the reward loss with N = 1 and with N",
+        "frontier": "train with N = 1, 8, 64 and 512", "theory": "train nothing: draw why each loss does what it does",
+        "seeds": "train so many, from --seed on", "out": "the folder for runs and figures"}
 
 
 def parse_arguments(argv):
@@ -975,7 +945,7 @@ def parse_arguments(argv):
         takes = {"type": type(value), "choices": choices.get(name)}
         takes = {"action": "store_true"} if isinstance(value, bool) else takes
         flag = f"--{name.replace('_', '-')}"
-        parser.add_argument(flag, dest=name, default=argparse.SUPPRESS, help=HELP.get(name), **takes)
+        parser.add_argument(flag, dest=name, default=argparse.SUPPRESS, help=HELP.get(name, f"default {value}"), **takes)
     given = vars(parser.parse_args(argv))
     args = argparse.Namespace(**OPTIONS | given)
     for name, value in given.items():
@@ -1006,8 +976,8 @@ def fail(message):
 def jobs(args):
     """The arguments of `train` for every run, seed by seed."""
     for seed in range(args.seed, args.seed + args.seeds):
-        wanted = inspect.signature(TASKS[args.task]).parameters
-        task = TASKS[args.task](seed, **{name: args.settings[name] for name in args.settings if name in wanted})
+        places = {name: value for name, value in args.settings.items() if isinstance(value, str)}
+        task = TASKS[args.task](seed, **places)
         plan = "frontier" if args.frontier else args.loss
         for place, changes in enumerate(KINDS[task.kind].plans.get(plan, [{"loss": args.loss}])):
             yield args.settings | changes | dict(task=task, seed=seed, device=args.device, out=args.out, place=place)

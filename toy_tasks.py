@@ -35,11 +35,36 @@ class Task(NamedTuple):
     answer_frequencies: torch.Tensor | None = None  # (A,) where answers can be guessed: how often each is right in training
     test_answer_index: torch.Tensor | None = None  # (P,) the test answers' indices in these, -1 where not among them
     data: str = ""  # which data set the problems are from, where they are not made here
+    shapes: dict = {}  # {name: (P,)} what else is known of the test problems
+
+    def to(self, device):
+        """The same task with its prompts and answers on a device. Tables of proofs stay where they are."""
+        move = lambda split: split if isinstance(split, ProofTable) else tuple(tensor.to(device) for tensor in split)
+        return self._replace(train=move(self.train), test=move(self.test))
+
+    def final(self, answers):
+        """What counts of answers (…, answer length)."""
+        return answers[..., -self.answer_length or None:]
+
+    def text(self, tokens):
+        return "".join(self.vocab[token] for token in tokens if token > END)
+
+    def as_text(self, tries):
+        """Tries at the first test problems (P, number, answer length): [(problem, number right, tries as text), …]."""
+        result = []
+        for prompt, answer, own in zip(*self.test, tries):
+            right, texts = self.text(self.final(answer)), [self.text(self.final(tokens)) for tokens in own]
+            result.append((self.text(prompt) + right, texts.count(right), texts))
+        return result
 
 
-# ----------------------------------------------------------------------------------------------------------
-# multiply: 37*58= -> 2146, with no working shown
-# ----------------------------------------------------------------------------------------------------------
+def mask_after_end(sampled, end=END, filling=PAD):
+    """Sampled tokens (…, A), with filling after the first end token: what follows it is no part of the answer."""
+    is_end = sampled == end
+    return sampled.masked_fill(is_end.cumsum(dim=-1) - is_end.long() > 0, filling)
+
+
+# ---- multiply: 37*58= -> 2146, with no working shown -----------------------------------------------------------------
 
 
 def multiply(seed=0, num_train=2000, num_test=1000):
@@ -63,9 +88,7 @@ def factors(seed, number):
     return pairs, generator
 
 
-# ----------------------------------------------------------------------------------------------------------
-# cot: 37*58: -> 1850+0296=2146, multiplication with its working (a chain of thought)
-# ----------------------------------------------------------------------------------------------------------
+# ---- cot: 37*58: -> 1850+0296=2146, multiplication with its working (a chain of thought) -----------------------------
 
 
 def cot(seed=0, num_train=500, num_test=300):
@@ -84,14 +107,12 @@ def cot(seed=0, num_train=500, num_test=300):
                 (prompts[num_train:], answers[num_train:]), answer_length=4)
 
 
-# ----------------------------------------------------------------------------------------------------------
-# prove: theorems of implicational logic, one tactic at a time
+# ---- prove: theorems of implicational logic, one tactic at a time ----------------------------------------------------
 #
 # A formula is an atom ("a") or an implication, a pair (premise, conclusion). A state of a proof is a pair too: the
 # hypotheses, a tuple of formulas numbered from 1, and the goal, a formula. A theorem is the state a proof starts from.
 # A tactic is a number: 0 is `intro`, k is `apply k`. Everything goes through `apply_tactic`, the kernel: what it takes
 # to the end is proved, whoever chose the tactics.
-# ----------------------------------------------------------------------------------------------------------
 
 ATOMS = "abcde"
 MAX_DEPTH = 6  # an attempt that has used so many tactics on one branch of the proof gives up
@@ -217,27 +238,27 @@ def part_of(table, theorems):
                           subgoals=place[table.subgoals[rows]], theorems=place[table.theorems[theorems]])
 
 
-def sample_attempts(policy, table, num_attempts, generator=None):
+def sample_attempts(log_policy, table, num_attempts, generator=None):
     """num_attempts sampled attempts at each of the table's P theorems, all at once, one depth after the other.
 
-    Returns which succeed, (P, num_attempts) bool, and the choices made in them, three tensors (C,): the attempt's index (a
-    theorem's attempts are neighbours), the state's row, and the tactic. An attempt stops where it has failed."""
+    Returns which succeed, and each attempt's log-probability, the sum over its choices (differentiable), both
+    (P, num_attempts). An attempt stops where it has failed."""
     rows = table.theorems.repeat_interleave(num_attempts)
-    attempts = torch.arange(len(rows))
+    attempts = torch.arange(len(rows))  # the attempt that each open state belongs to
     failed = torch.zeros(len(rows), dtype=torch.bool)
-    choices = []
+    log_pi = torch.zeros(len(rows), dtype=log_policy.dtype)
     for _ in range(MAX_DEPTH):
         if len(rows) == 0:
             break
-        tactics = torch.multinomial(policy[rows], 1, generator=generator)[:, 0]
-        choices.append(torch.stack([attempts, rows, tactics]))
+        tactics = torch.multinomial(log_policy[rows].exp(), 1, generator=generator)[:, 0]
+        log_pi = log_pi.index_add(0, attempts, log_policy[rows, tactics])
         subgoals = table.subgoals[rows, tactics]  # (open states, 2)
         is_open = subgoals != PROVED
         rows, attempts = subgoals[is_open], attempts[:, None].expand_as(subgoals)[is_open]
         failed[attempts[rows == DEAD_END]] = True
         rows, attempts = rows[~failed[attempts]], attempts[~failed[attempts]]
     failed[attempts] = True  # still open where no tactics are left
-    return ~failed.view(-1, num_attempts), *torch.cat(choices, dim=1)
+    return ~failed.view(-1, num_attempts), log_pi.view(-1, num_attempts)
 
 
 def attempt_proof(policy, table, row, generator=None, depth=MAX_DEPTH):
@@ -275,13 +296,18 @@ def prove(seed=0, num_train=300, num_test=300):
     row = {state: i for i, state in enumerate(table.states)}
     steps = [(theorem, row[state], FIRST_TACTIC + tactic) for theorem, start in enumerate(train)
              for state, tactic in dict.fromkeys(shortest_proof(start))]
-    return Task("prove", "steps", PROVE_VOCAB, MAX_PROMPT + 1, table, proof_table(test), steps=torch.tensor(steps))
+    return proof_task("prove", "steps", table, proof_table(test), steps=torch.tensor(steps))
 
 
 def search(seed=0, num_train=300, num_test=300):
     """The theorems of `prove`, without proofs: an example is a theorem, with all states that attempts at it can reach."""
     train, test = map(proof_table, draw_theorems(seed, num_train, num_test))
-    return Task("search", "searches", PROVE_VOCAB, MAX_PROMPT + 1, train, test)
+    return proof_task("search", "searches", train, test)
+
+
+def proof_task(name, kind, train, test, **more):
+    shapes = {"length": test.length, "branching": test.branching, "blind": test.blind}
+    return Task(name, kind, PROVE_VOCAB, MAX_PROMPT + 1, train, test, shapes=shapes, **more)
 
 
 def draw_theorems(seed, num_train, num_test):
@@ -347,9 +373,7 @@ def proof_table(theorems):
                       torch.tensor([*map(len, proofs)]), torch.tensor(branching), blind)
 
 
-# ----------------------------------------------------------------------------------------------------------
-# math: the questions of the MATH dataset (Hendrycks et al. 2021, arXiv 2103.03874) that have an integer answer
-# ----------------------------------------------------------------------------------------------------------
+# ---- math: the questions of the MATH dataset (Hendrycks et al. 2021, arXiv 2103.03874) that have an integer answer ----
 
 MAX_QUESTION = 64  # tokens
 SUBJECTS = ["algebra", "counting_and_probability", "geometry", "intermediate_algebra", "number_theory",
@@ -472,9 +496,6 @@ def download_math(split):
         reason = str(error).strip().split("\n")[0]
         raise ValueError(f"could not download the MATH dataset ({reason}): check the network, or give --math-dir DIR "
                          f"with train.jsonl and test.jsonl") from None
-
-
-# ----------------------------------------------------------------------------------------------------------
 
 
 def encode(texts, vocab):
