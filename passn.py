@@ -194,11 +194,14 @@ class Block(nn.Module):
 
     def forward(self, x, mask, cache=None):
         """x (B, T, C) -> (B, Q, C): its last Q positions, looking at K positions where mask (Q, K) is 0, not -inf."""
+        def heads(t):  # (B, ·, C) -> (B, heads, ·, C / heads)
+            return t.view(B, -1, self.n_head, C // self.n_head).transpose(1, 2)
+
         B, T, C = x.shape
         Q, K = mask.shape
         normed = self.ln_1(x)
-        qkv = self.query(normed[:, -Q:]), *self.key_value(normed).split(C, dim=-1)
-        q, k, v = (t.view(B, -1, self.n_head, C // self.n_head).transpose(1, 2) for t in qkv)  # (B, heads, ·, ·)
+        q = heads(self.query(normed[:, -Q:]))
+        k, v = map(heads, self.key_value(normed).split(C, dim=-1))
         if cache is not None:  # (2, B, heads, ·, ·): the K - T positions before x are in it already
             keys, values = cache
             keys[:, :, K - T:K], values[:, :, K - T:K] = k, v
@@ -400,7 +403,8 @@ class Traces(Answers):
         result = {}
         for T in filter(self.num_samples.get, temperatures):
             traces = sample_traces(model, x, y, self.num_samples[T], T, generator)
-            p, confidence = (self.same_answer(traces, one).double().mean(dim=1).cpu() for one in (y, greedy))
+            matches = self.same_answer(traces, y), self.same_answer(traces, greedy)
+            p, confidence = (match.double().mean(dim=1).cpu() for match in matches)
             result[T] = p, confidence, self.num_samples[T]
         return result
 
@@ -449,7 +453,8 @@ class Searches(Answers):
         return -(weights[:, None] * is_proved * log_pi).sum(dim=1).mean()
 
     def measure(self, model, split, temperatures):
-        table = self.task.test if split == "test" else part_of(self.task.train, torch.arange(self.num_theorems)[:100])
+        first = torch.arange(self.num_theorems)[:100]
+        table = self.task.test if split == "test" else part_of(self.task.train, first)
         logits, result = tactic_logits(model, table), {}
         for T in temperatures:
             policy = (logits / T).softmax(dim=1)
@@ -537,7 +542,7 @@ def train(task, loss="limited", N=None, seed=0, device="cpu", out=None, place=0,
     the line of its progress bar. Raises FloatingPointError where training diverges."""
     settings = SETTINGS[task.name] | changes
     settings["N"] = N or settings["N"]
-    N = 1 if loss == "ce" else settings["N"]
+    train_N = 1 if loss == "ce" else settings["N"]
     torch.manual_seed(seed)  # the same first weights and the same order of examples for every loss
     order = torch.Generator().manual_seed(seed)
     kind = KINDS[task.kind](task.to(device), settings, seed, device)
@@ -546,30 +551,29 @@ def train(task, loss="limited", N=None, seed=0, device="cpu", out=None, place=0,
                                   weight_decay=settings["weight_decay"], fused=True)
     epochs, batch_size = settings["epochs"], settings["batch_size"]
     num_batches = math.ceil(kind.size / batch_size)
-    run = new_run(kind, loss, N, seed)
+    run = new_run(kind, loss, train_N, seed)
     name = f"{run['label']}, seed {seed}"
     waiting, updates, start = torch.empty(0, dtype=torch.long), 0, time.perf_counter()
 
     with tqdm(None, name, epochs * num_batches, leave=False, position=place, disable=sys.stderr is None) as bar:
         for epoch in range(epochs + 1):
-            kind.new_epoch(model, epoch, N)
+            kind.new_epoch(model, epoch, train_N)
             if epoch in evaluated_epochs(settings):
-                seconds = round(time.perf_counter() - start, 2)
-                record = {"epoch": epoch, "seconds": seconds, "updates": updates}
-                record |= evaluate(run, kind, model, loss, N)
-                bar.set_postfix_str(f"loss {record['loss']:.2f}, {updates} updates")
+                record = {"epoch": epoch, "updates": updates} | evaluate(run, kind, model, loss, train_N)
+                record["seconds"] = round(time.perf_counter() - start, 2)
                 run["history"].append(record)
                 save(run, out, finished=epoch == epochs)
+                bar.set_postfix_str(f"loss {record['loss']:.2f}, {updates} updates")
             if epoch == epochs:
                 return run, model
             for i, candidates in enumerate(kind.batches(order)):
                 for group in optimizer.param_groups:
                     group["lr"] = settings["learning_rate"] * schedule((epoch + i / num_batches) / epochs)
-                waiting = torch.cat([waiting, still_pulling(kind, model, candidates, loss, N)])
+                waiting = torch.cat([waiting, still_pulling(kind, model, candidates, loss, train_N)])
                 if len(waiting) >= len(candidates):  # enough for a full batch
                     batch, waiting = waiting[:batch_size], waiting[batch_size:]
                     optimizer.zero_grad()
-                    kind.objective(model, batch, loss, N).backward()
+                    kind.objective(model, batch, loss, train_N).backward()
                     optimizer.step()
                     updates += 1
                 bar.update()
@@ -640,8 +644,8 @@ def new_run(kind, loss, N, seed):
     config = settings | {"N": N, "device": kind.device, "data": task.data}
     baselines = {name: {f"pass@{n}": baseline(n) for n in kind.eval_Ns} for name, baseline in kind.baselines().items()}
     shapes = {name: values.tolist() for name, values in task.shapes.items()}
-    return dict(task=task.name, loss=loss, N=N, seed=seed, label=label, file=file, config=config, history=[],
-                problems=shapes, rivals=baselines)
+    run = dict(task=task.name, loss=loss, N=N, seed=seed, label=label, file=file, config=config)
+    return run | {"history": [], "problems": shapes, "rivals": baselines}
 
 
 def save(run, out, finished):
@@ -744,7 +748,8 @@ def confident_pass_at_n(c, N, a, K):
     probability a, and spreads the rest evenly over the K - 1 others:
         pass@N(c) = a (1 - (1 - c)^N) + (1 - a) (1 - (1 - (1 - c) / (K - 1))^N).
     At c = 1 that is a for every N: no amount of sampling helps. c: a number or an array."""
-    return a * pass_at_n(c, N) + (1 - a) * pass_at_n((1 - torch.as_tensor(c)) / (K - 1), N)
+    other = (1 - torch.as_tensor(c)) / (K - 1)
+    return a * pass_at_n(c, N) + (1 - a) * pass_at_n(other, N)
 
 
 # ==== 7. Tables and figures ===============================================================================
@@ -803,8 +808,10 @@ def at_best(row, num_temperatures=1):
 
 def mean_and_error(values):
     """Mean and standard error over the first axis, the seeds; an error of 0 where there is only one."""
-    error = np.std(values, axis=0, ddof=1) / math.sqrt(len(values)) if len(values) > 1 else 0 * values[0]
-    return np.mean(values, axis=0), error
+    mean = np.mean(values, axis=0)
+    if len(values) == 1:
+        return mean, 0 * mean
+    return mean, np.std(values, axis=0, ddof=1) / math.sqrt(len(values))
 
 
 def print_table(rows, N):
@@ -858,8 +865,9 @@ def draw(rows, N, path):
             plot_runs(tries, EVAL_NS, at_best(row)[:, :-1], color, linestyle="--", label=f"{label}, best epoch")
             plot_runs(tries, EVAL_NS, at_best(row, None)[:, :-1], color, linestyle=":", label="… and best temperature")
     most = max(rows, key=len)
-    for name, values, linestyle in zip(most[0]["rivals"], stack(most, "baselines").mean(axis=0), (":", "--", "-.")):
-        tries.plot(EVAL_NS, values[:-1], color="grey", linestyle=linestyle, label=name)
+    for i, name in enumerate(most[0]["rivals"]):
+        values = stack(most, "baselines")[:, i, :-1].mean(axis=0)
+        tries.plot(EVAL_NS, values, color="grey", linestyle=(":", "--", "-.")[i], label=name)
     confidence.axhline(1 / N, color="grey", linewidth=1)
     confidence.text(epochs[-1], 0.9 / N, f"1/N = 1/{N}", color="grey", ha="right", va="top")
     pass_1.set(title="pass@1", ylim=(0, None))
@@ -867,7 +875,7 @@ def draw(rows, N, path):
     confidence.set(title="confidence (solid: test, dotted: train), p of train (dashed)", yscale="log", ylim=(1e-3, 1.2))
     tries.set(title="pass@N at the end, against N", xscale="log", xticks=COLUMNS, xticklabels=COLUMNS, ylim=(0, 1))
     tries.minorticks_off()
-    tries.legend()
+    figure.legend(*tries.get_legend_handles_labels(), loc="outside upper center", ncols=3)
     for axis, x, y in ((pass_1, "epoch", "share of test problems"), (pass_N, "epoch", "share of test problems"),
                        (confidence, "epoch", "probability"), (tries, "tries N", "share of test problems")):
         axis.set(xlabel=x, ylabel=y)

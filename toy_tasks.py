@@ -53,7 +53,8 @@ class Task(NamedTuple):
         """Tries at the first test problems (P, number, answer length): [(problem, number right, tries as text), …]."""
         result = []
         for prompt, answer, own in zip(*self.test, tries):
-            right, texts = self.text(self.final(answer)), [self.text(self.final(tokens)) for tokens in own]
+            right = self.text(self.final(answer))
+            texts = [self.text(self.final(tokens)) or "nothing" for tokens in own]
             result.append((self.text(prompt) + right, texts.count(right), texts))
         return result
 
