@@ -769,8 +769,9 @@ def load_runs(out, task_name, data, N):
             run = json.loads(path.read_text(encoding="utf-8"))
             if (run["task"], run["config"]["data"]) == (task_name, data):
                 run |= arrays_of(run, N)
-                settings = run["config"] | {"device": "", "tries": 0}, run["pass_at"].shape
-                rows[run["loss"] != "ce", run["loss"], run["N"], run["label"], repr(settings)].append(run)
+                settings = [value for value in run["config"].items() if value[0] not in ("device", "tries", "math_dir")]
+                key = run["loss"] != "ce", run["loss"], run["N"], run["label"], repr(settings), run["pass_at"].shape
+                rows[key].append(run)
         except Exception as error:  # whatever it is, the other runs must not suffer
             print(f"left out {path}, which is no run of this version ({error!r}); remove it", file=sys.stderr)
     return [rows[key] for key in sorted(rows)]
@@ -817,7 +818,8 @@ def mean_and_error(values):
 def print_table(rows, N):
     """A line for each loss and its settings, at the end of training, and for the baselines. In the last two columns stands
     pass@N in the best epoch, and at the best temperature too. Mean over the seeds ± standard error."""
-    shown = {n: i for i, n in enumerate((*EVAL_NS, N)) if n in (*COLUMNS, N)}
+    is_measured = np.isfinite(rows[0][0]["pass_at"][0, 0])
+    shown = {n: i for i, n in enumerate((*EVAL_NS, N)) if n in (*COLUMNS, N) and is_measured[i]}
     at = [*shown.values()]
     lines = {row[0]["label"]: np.column_stack([
         stack(row, "pass_at")[:, -1, 0, at], stack(row, "confidence")[:, -1],
@@ -966,7 +968,7 @@ def parse_arguments(argv):
         if isinstance(value, (int, float)) and not low <= value <= 1_000_000:
             fail(f"{flag} {value}: give a number from {low} to 1,000,000")
     args.settings = SETTINGS[args.task] | {name: given[name] for name in given if name in flags}
-    if args.settings["n_embd"] % args.settings["n_head"]:
+    if args.settings.get("n_embd", 0) % args.settings.get("n_head", 1):
         fail("--n-embd must be a multiple of --n-head")
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if args.device == "auto":
