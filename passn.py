@@ -334,9 +334,9 @@ class Answers:
         answer is right in training, p, and sample from a policy."""
         if self.task.answer_frequencies is None:
             return {}
-        return {"guess by frequency": partial(guess_pass_at_n, self.task, lambda p, N: p),
-                "guess as limited tends": partial(guess_pass_at_n, self.task, limited_policy),
-                "guess optimally": partial(guess_pass_at_n, self.task, optimal_policy)}
+        policies = {"guess by frequency": lambda p, N: p, "guess as limited tends": limited_policy,
+                    "guess optimally": optimal_policy}
+        return {name: partial(guess_pass_at_n, self.task, policy) for name, policy in policies.items()}
 
     def show_tries(self, model, num_tries):
         """What tries at the first three test problems give: [(problem, number of right tries, tries as text), …]."""
@@ -612,8 +612,9 @@ def evaluate(run, kind, model, loss, N):
     by_temperature = {f"{T:g}": means(*test[T], kind.eval_Ns) for T in test}
     p, confidence, _ = test[1.0]
     problems, goal = {"p": p.tolist(), "confidence": confidence.tolist()}, f"pass@{kind.settings['tries']}"
-    before = [record["test"].get(goal, 0) for record in run["history"]]
-    if by_temperature["1"].get(goal, 0) >= max(before, default=0):
+    if goal not in by_temperature["1"]:
+        raise ValueError(f"{goal} cannot be estimated from so few samples: give fewer --tries")
+    if by_temperature["1"][goal] >= max((record["test"][goal] for record in run["history"]), default=0):
         run["problems"]["best"] = problems
     run["problems"] |= problems
     run["example"] = kind.show_tries(model, 64)
@@ -639,13 +640,13 @@ def new_run(kind, loss, N, seed):
     changes = [f"{key}={value}" for key, value in settings.items()  # texts are places: `data` says what lies there
                if value != usual.get(key) and key not in ("N", "tries") and not isinstance(value, str)]
     label = ", ".join(["cross-entropy" if loss == "ce" else f"{loss} N={N}", *changes])
-    data = [f"data={task.data}"] if task.data else []
+    data = [f"data={task.data}"] * bool(task.data)
     file = "-".join([task.name, loss, f"N{N}", *data, *changes, f"seed{seed}"])
     config = settings | {"N": N, "device": kind.device, "data": task.data}
-    baselines = {name: {f"pass@{n}": baseline(n) for n in kind.eval_Ns} for name, baseline in kind.baselines().items()}
     shapes = {name: values.tolist() for name, values in task.shapes.items()}
-    run = dict(task=task.name, loss=loss, N=N, seed=seed, label=label, file=file, config=config)
-    return run | {"history": [], "problems": shapes, "rivals": baselines}
+    rivals = {name: {f"pass@{n}": baseline(n) for n in kind.eval_Ns} for name, baseline in kind.baselines().items()}
+    return dict(task=task.name, loss=loss, N=N, seed=seed, label=label, file=file, config=config, history=[],
+                problems=shapes, rivals=rivals)
 
 
 def save(run, out, finished):
@@ -769,7 +770,7 @@ def load_runs(out, task_name, data, N):
             run = json.loads(path.read_text(encoding="utf-8"))
             if (run["task"], run["config"]["data"]) == (task_name, data):
                 run |= arrays_of(run, N)
-                settings = [value for value in run["config"].items() if value[0] not in ("device", "tries", "math_dir")]
+                settings = [item for item in run["config"].items() if item[0] != "tries" and not isinstance(item[1], str)]
                 key = run["loss"] != "ce", run["loss"], run["N"], run["label"], repr(settings), run["pass_at"].shape
                 rows[key].append(run)
         except Exception as error:  # whatever it is, the other runs must not suffer
@@ -778,33 +779,23 @@ def load_runs(out, task_name, data, N):
 
 
 def arrays_of(run, N):
-    """A run's numbers over its evaluations: "pass_at" (epochs, temperatures, N), for `EVAL_NS` and at last N, nan where not
-    measured, the first temperature 1; "confidence", "train confidence" and "train p" (epochs,). And "baselines" (·, N)."""
+    """A run's numbers as arrays: "pass_at" (epochs, temperatures, N), for `EVAL_NS` and at last N, nan where not measured,
+    the first temperature 1; "confidence" and "train p" (epochs,); and "baselines" (·, N)."""
     def pass_at(values):
         return [values.get(f"pass@{n}", math.nan) for n in (*EVAL_NS, N)]
 
-    def curve(split, name):
-        return [record[split][name] for record in run["history"]]
-
-    if [record["epoch"] for record in run["history"]] != evaluated_epochs(run["config"]):
+    history = run["history"]
+    if [record["epoch"] for record in history] != evaluated_epochs(run["config"]):
         raise ValueError("its epochs are not those of its settings")
-    arrays = {"pass_at": [[pass_at(values) for values in record["tempered"].values()] for record in run["history"]],
-              "confidence": curve("test", "confidence"), "train confidence": curve("train", "confidence"),
-              "train p": curve("train", "pass@1"), "baselines": [pass_at(values) for values in run["rivals"].values()]}
+    arrays = {"pass_at": [[*map(pass_at, record["tempered"].values())] for record in history],
+              "confidence": [record["test"]["confidence"] for record in history],
+              "train p": [record["train"]["pass@1"] for record in history],
+              "baselines": [*map(pass_at, run["rivals"].values())]}
     return {name: np.array(values, dtype=np.float64) for name, values in arrays.items()}
 
 
 def stack(row, name):
     return np.stack([run[name] for run in row])
-
-
-def at_best(row, num_temperatures=1):
-    """pass@N for all N (seeds, N), in the epoch and at the temperature where the last of them is best. These are chosen on
-    the test set itself, which flatters them."""
-    pass_at = stack(row, "pass_at")[:, :, :num_temperatures]
-    choices = pass_at.reshape(len(row), -1, pass_at.shape[-1])
-    best = np.nan_to_num(choices[..., -1]).argmax(axis=1)
-    return choices[np.arange(len(row)), best]
 
 
 def mean_and_error(values):
@@ -816,14 +807,18 @@ def mean_and_error(values):
 
 
 def print_table(rows, N):
-    """A line for each loss and its settings, at the end of training, and for the baselines. In the last two columns stands
-    pass@N in the best epoch, and at the best temperature too. Mean over the seeds ± standard error."""
+    """A line for each loss and its settings, at the end of training, and for the baselines: mean over the seeds ± standard
+    error. In the last two columns stands pass@N in the best epoch, and at the best temperature too. These are chosen on the
+    test set itself, which flatters them."""
     is_measured = np.isfinite(rows[0][0]["pass_at"][0, 0])
     shown = {n: i for i, n in enumerate((*EVAL_NS, N)) if n in (*COLUMNS, N) and is_measured[i]}
-    at = [*shown.values()]
-    lines = {row[0]["label"]: np.column_stack([
-        stack(row, "pass_at")[:, -1, 0, at], stack(row, "confidence")[:, -1],
-        at_best(row)[:, -1], at_best(row, None)[:, -1]]) for row in rows}
+    at, lines = [*shown.values()], {}
+    for row in rows:
+        pass_at = stack(row, "pass_at")
+        ends = pass_at[:, -1, 0, at], stack(row, "confidence")[:, -1]
+        goal = pass_at[..., -1]  # (seeds, epochs, temperatures)
+        best = goal[..., 0].max(axis=1), np.fmax.reduce(goal, axis=(1, 2))
+        lines[row[0]["label"]] = np.column_stack([*ends, *best])
     most = max(rows, key=len)
     lines |= {name: stack(most, "baselines")[:, i, at] for i, name in enumerate(most[0]["rivals"])}
     width = max(map(len, lines))
@@ -831,8 +826,9 @@ def print_table(rows, N):
     print(" " * width + " seeds" + "".join(f"{header:>11}" for header in headers))
     for label, values in lines.items():
         means, errors = mean_and_error(values)
-        cells = [f"{mean:.3f}±{error:.3f}".replace("0.", ".") for mean, error in zip(means, errors)]
-        cells = cells if len(values) > 1 else [f"{mean:.3f}" for mean in means]
+        cells = [f"{mean:.3f}" for mean in means]
+        if len(values) > 1:
+            cells = [f"{mean:.3f}±{error:.3f}".replace("0.", ".") for mean, error in zip(means, errors)]
         print(f"{label:{width}}{len(values):6}" + "".join(f"{cell:>11}" for cell in cells))
 
 
@@ -856,31 +852,30 @@ def draw(rows, N, path):
         epochs, pass_at, label = evaluated_epochs(row[0]["config"]), stack(row, "pass_at"), row[0]["label"]
         plot_runs(pass_1, epochs, pass_at[:, :, 0, 0], color)
         plot_runs(pass_N, epochs, pass_at[:, :, 0, -1], color)
-        for name, linestyle in (("confidence", "-"), ("train confidence", ":"), ("train p", "--")):
-            plot_runs(confidence, epochs, stack(row, name), color, linestyle=linestyle)
+        plot_runs(confidence, epochs, stack(row, "confidence"), color)
+        plot_runs(confidence, epochs, stack(row, "train p"), color, linestyle="--")
         plot_runs(tries, EVAL_NS, pass_at[:, -1, 0, :-1], color, label=label)
         if row is rows[0]:
-            best_epoch = np.nan_to_num(pass_at[:, :, 0, -1].mean(axis=0)).argmax()
-            for axis, column in ((pass_1, 0), (pass_N, -1)):
-                height = pass_at[:, best_epoch, 0, column].mean()
-                axis.plot(epochs[best_epoch], height, "*", color=color, markersize=15, markeredgecolor="black")
-            plot_runs(tries, EVAL_NS, at_best(row)[:, :-1], color, linestyle="--", label=f"{label}, best epoch")
-            plot_runs(tries, EVAL_NS, at_best(row, None)[:, :-1], color, linestyle=":", label="… and best temperature")
+            goal = np.nan_to_num(pass_at[..., -1].mean(axis=0))  # (epochs, temperatures)
+            pass_N.axhline(goal[:, 0].max(), color=color, linestyle=":")
+            for choices, linestyle, name in ((goal[:, :1], "--", "best epoch"), (goal, ":", "best epoch and temperature")):
+                epoch, T = np.unravel_index(choices.argmax(), choices.shape)
+                plot_runs(tries, EVAL_NS, pass_at[:, epoch, T, :-1], color, linestyle=linestyle, label=f"… in its {name}")
     most = max(rows, key=len)
     for i, name in enumerate(most[0]["rivals"]):
         values = stack(most, "baselines")[:, i, :-1].mean(axis=0)
         tries.plot(EVAL_NS, values, color="grey", linestyle=(":", "--", "-.")[i], label=name)
     confidence.axhline(1 / N, color="grey", linewidth=1)
     confidence.text(epochs[-1], 0.9 / N, f"1/N = 1/{N}", color="grey", ha="right", va="top")
-    pass_1.set(title="pass@1", ylim=(0, None))
-    pass_N.set(title=f"pass@{N} (star: {rows[0][0]['label']}'s best)", ylim=(0, 1))
-    confidence.set(title="confidence (solid: test, dotted: train), p of train (dashed)", yscale="log", ylim=(1e-3, 1.2))
-    tries.set(title="pass@N at the end, against N", xscale="log", xticks=COLUMNS, xticklabels=COLUMNS, ylim=(0, 1))
+    share = "share of test problems"
+    pass_1.set(title="pass@1", ylim=(0, None), xlabel="epoch", ylabel=share)
+    pass_N.set(title=f"pass@{N} (dotted: {rows[0][0]['label']}'s best)", ylim=(0, 1), xlabel="epoch", ylabel=share)
+    confidence.set(title="confidence in the test, and p in training (dashed)", yscale="log", ylim=(1e-3, 1.2),
+                   xlabel="epoch", ylabel="probability")
+    tries.set(title="pass@N at the end, against N", xscale="log", xticks=COLUMNS, xticklabels=COLUMNS, ylim=(0, 1),
+              xlabel="tries N", ylabel=share)
     tries.minorticks_off()
     figure.legend(*tries.get_legend_handles_labels(), loc="outside upper center", ncols=3)
-    for axis, x, y in ((pass_1, "epoch", "share of test problems"), (pass_N, "epoch", "share of test problems"),
-                       (confidence, "epoch", "probability"), (tries, "tries N", "share of test problems")):
-        axis.set(xlabel=x, ylabel=y)
     figure.supxlabel(f"lines: mean over up to {len(most)} seeds; bands: ± one standard error", fontsize="medium")
     save_and_show(figure, path)
 
@@ -902,9 +897,9 @@ def draw_theory(N, path):
     for n, color in zip(COLUMNS, COLORS):
         factor.plot(p, overconfidence_factor(torch.tensor(p).log(), n), color=color, label=f"N = {n}")
         factor.axvline(1 / n, color=color, linestyle=":")
-        best = optimal_policy([a] + [(1 - a) / (K - 1)] * (K - 1), n)[0]  # it treats equal answers equally, as c does
-        confidence.plot(c, confident_pass_at_n(c, n, a, K), color=color, label=f"N = {n}")
-        confidence.plot(best, confident_pass_at_n(best, n, a, K), "o", color=color, markeredgecolor="white")
+        pass_at = confident_pass_at_n(c, n, a, K)
+        confidence.plot(c, pass_at, color=color, label=f"N = {n}")
+        confidence.plot(c[pass_at.argmax()], pass_at.max(), "o", color=color, markeredgecolor="white")
     p = 1 / np.arange(1, 101) ** 1.2  # one uncertain question: 100 answers, the r-th likeliest with p ~ r^-1.2
     p /= p.sum()
     for name, q, color, linestyle in (("cross-entropy: q = p", p, COLORS[0], "-"),
@@ -949,17 +944,17 @@ def parse_arguments(argv):
     """The options and, as `settings`, all settings of the task. What cannot be, or would be ignored, is refused."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
     parser.error = fail
-    choices = {"task": TASKS, "loss": ["both", "all", *LOSSES], "device": ["auto", "cpu", "cuda", "mps"]}
+    devices = ["cpu", *["mps"] * torch.backends.mps.is_available(), *["cuda"] * torch.cuda.is_available()]
+    choices = {"task": TASKS, "loss": ["both", "all", *LOSSES], "device": ["auto", *devices]}
     flags = {name: value for settings in SETTINGS.values() for name, value in settings.items()}
     for name, value in (OPTIONS | flags).items():
         takes = {"type": type(value), "choices": choices.get(name)}
         takes = {"action": "store_true"} if isinstance(value, bool) else takes
-        flag = f"--{name.replace('_', '-')}"
-        parser.add_argument(flag, dest=name, default=argparse.SUPPRESS, help=HELP.get(name, f"default {value}"), **takes)
+        parser.add_argument(flag_of(name), default=argparse.SUPPRESS, help=HELP.get(name, f"default {value}"), **takes)
     given = vars(parser.parse_args(argv))
     args = argparse.Namespace(**OPTIONS | given)
     for name, value in given.items():
-        flag = f"--{name.replace('_', '-')}"
+        flag = flag_of(name)
         if name in flags and name not in SETTINGS[args.task]:
             fail(f"{flag} does not fit --task {args.task}; leave it out")
         if args.theory and name not in ("theory", "N", "out") or args.frontier and name in ("loss", "N", "per_step"):
@@ -970,12 +965,13 @@ def parse_arguments(argv):
     args.settings = SETTINGS[args.task] | {name: given[name] for name in given if name in flags}
     if args.settings.get("n_embd", 0) % args.settings.get("n_head", 1):
         fail("--n-embd must be a multiple of --n-head")
-    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if args.device == "auto":
-        args.device = next(filter(available.get, available))
-    if not available[args.device]:
-        fail(f"--device {args.device}: this machine has none that PyTorch can use; try --device auto")
+        args.device = devices[-1]
     return args
+
+
+def flag_of(name):
+    return f"--{name.replace('_', '-')}"
 
 
 def fail(message):
@@ -1021,9 +1017,6 @@ def run_side_by_side(args):
 def report(args, run):
     """The figure and the table of all finished runs of the run's task."""
     N = args.settings["tries"]
-    if f"pass@{N}" not in run["history"][-1]["test"]:
-        print(f"pass@{N} cannot be estimated from so few samples; shown is pass@64")
-        N = 64
     rows = load_runs(args.out, run["task"], run["config"]["data"], N)
     draw(rows, N, Path(args.out) / f"{run['task']}{'-frontier' * args.frontier}.png")
     print_table(rows, N)

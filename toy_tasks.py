@@ -69,8 +69,7 @@ def mask_after_end(sampled, end=END, filling=PAD):
 
 
 def multiply(seed=0, num_train=2000, num_test=1000):
-    """Products of two two-digit numbers. Every pair of factors is drawn once, in one order, so no test problem is
-    a train problem, not even with its factors swapped."""
+    """Products of two two-digit numbers. No test problem is a training problem, not even with its factors swapped."""
     vocab = ["<pad>", "<end>", *"0123456789*="]
     pairs, _ = factors(seed, num_train + num_test)
     prompts = encode([f"{a}*{b}=" for a, b in pairs.tolist()], vocab)
@@ -80,7 +79,7 @@ def multiply(seed=0, num_train=2000, num_test=1000):
 
 
 def factors(seed, number):
-    """`number` random pairs of two-digit numbers (number, 2), no pair twice, not even swapped; and the generator."""
+    """`number` random pairs of two-digit numbers (number, 2), no pair twice, even if swapped; and the generator."""
     pairs = torch.combinations(torch.arange(10, 100), with_replacement=True)  # a <= b: 4,095 of them
     generator = torch.Generator().manual_seed(seed)
     pairs = pairs[torch.randperm(len(pairs), generator=generator)[:number]]
@@ -125,7 +124,6 @@ FIRST_TACTIC = 2  # the token of tactic k is FIRST_TACTIC + k: `intro`, or a hyp
 
 def apply_tactic(state, tactic):
     """The subgoals that a tactic leaves to prove, () where it ends the proof; None if it does not apply.
-
     intro: the goal A→B becomes B, with A among the hypotheses. apply k, where hypothesis k is A1→…→An→goal: the subgoals
     are A1 … An, under the same hypotheses (n = 0: it is the goal itself)."""
     hypotheses, goal = state
@@ -219,7 +217,6 @@ PROVED, DEAD_END = -2, -1  # instead of a state's row: nothing is left to prove,
 def proof_p(policy, table, failure=0.0):
     """The probability that an attempt proves each theorem: (P,) float64. policy: (S, vocabulary), the probability of
     each tactic in each state of the table.
-
     A state is proved if a tactic is chosen all of whose remaining states are proved, each by choices of its own. With d
     tactics left on a branch that is p_d(s) = Σ_t policy(t|s) Π_s' p_(d-1)(s'), and p_0 = `failure` = 0."""
     ends = torch.tensor([1.0, failure], dtype=torch.float64)  # in the places PROVED and DEAD_END
@@ -241,7 +238,6 @@ def part_of(table, theorems):
 
 def sample_attempts(log_policy, table, num_attempts, generator=None):
     """num_attempts sampled attempts at each of the table's P theorems, all at once, one depth after the other.
-
     Returns which succeed, and each attempt's log-probability, the sum over its choices (differentiable), both
     (P, num_attempts). An attempt stops where it has failed."""
     rows = table.theorems.repeat_interleave(num_attempts)
@@ -284,36 +280,30 @@ def show_attempts(policy, table, num_attempts, generator):
     for row in table.theorems[:3].tolist():
         hypotheses, goal = table.states[row]
         proofs = [attempt_proof(policy, table, row, generator) for _ in range(num_attempts)]
-        numbered = [f"{number}: {pretty(formula)}" for number, formula in enumerate(hypotheses, 1)]
-        theorem = "  ".join([*numbered, f"⊢ {pretty(goal)}"])
+        numbered = (f"{number}: {pretty(formula)}  " for number, formula in enumerate(hypotheses, 1))
+        theorem = "".join(numbered) + f"⊢ {pretty(goal)}"
         result.append((theorem, num_attempts - proofs.count(None), [proof or "no proof" for proof in proofs]))
     return result
 
 
 def prove(seed=0, num_train=300, num_test=300):
     """Theorems, and a shortest proof of each training one: an example is a state in it and the tactic used there."""
-    train, test = draw_theorems(seed, num_train, num_test)
-    table = proof_table(train)
-    row = {state: i for i, state in enumerate(table.states)}
-    steps = [(theorem, row[state], FIRST_TACTIC + tactic) for theorem, start in enumerate(train)
-             for state, tactic in dict.fromkeys(shortest_proof(start))]
-    return proof_task("prove", "steps", table, proof_table(test), steps=torch.tensor(steps))
+    task = search(seed, num_train, num_test)
+    row = {state: i for i, state in enumerate(task.train.states)}
+    steps = [(theorem, row[state], FIRST_TACTIC + tactic) for theorem, start in enumerate(task.train.theorems.tolist())
+             for state, tactic in dict.fromkeys(shortest_proof(task.train.states[start]))]
+    return task._replace(name="prove", kind="steps", steps=torch.tensor(steps))
 
 
 def search(seed=0, num_train=300, num_test=300):
     """The theorems of `prove`, without proofs: an example is a theorem, with all states that attempts at it can reach."""
     train, test = map(proof_table, draw_theorems(seed, num_train, num_test))
-    return proof_task("search", "searches", train, test)
-
-
-def proof_task(name, kind, train, test, **more):
     shapes = {"length": test.length, "branching": test.branching, "blind": test.blind}
-    return Task(name, kind, PROVE_VOCAB, MAX_PROMPT + 1, train, test, shapes=shapes, **more)
+    return Task("search", "searches", PROVE_VOCAB, MAX_PROMPT + 1, train, test, shapes=shapes)
 
 
 def draw_theorems(seed, num_train, num_test):
-    """Theorems (eight random hypotheses and a goal) that can be proved, but hardly by blind search. That two are the same
-    up to the names of their atoms is too unlikely to check (a test does)."""
+    """Theorems (eight random hypotheses and a goal) that can be proved, but hardly by blind search."""
     random, theorems = Random(seed), []
     with tqdm(total=num_train + num_test, desc="drawing theorems", leave=False, disable=sys.stderr is None) as bar:
         while len(theorems) < num_train + num_test:
@@ -329,8 +319,7 @@ def draw_theorems(seed, num_train, num_test):
 
 def random_theorem(random):
     """Hypotheses and a goal (an atom, or an implication between two), which may or may not follow."""
-    def atom():
-        return random.choice(ATOMS)
+    atom = lambda: random.choice(ATOMS)
 
     def formula():  # an atom behind 0 to 2 premises, each an atom or, four times in ten, an implication
         result = atom()
@@ -342,36 +331,27 @@ def random_theorem(random):
     return tuple(hypotheses), atom() if random.random() < 0.6 else (atom(), atom())
 
 
-def states_to_prompts(states):
-    """The states as prompts, padded in front: (number of states, MAX_PROMPT)."""
-    texts = [state_tokens(state) for state in states]
-    return encode([["<pad>"] * (MAX_PROMPT - len(text)) + text for text in texts], PROVE_VOCAB)
-
-
-def applicable_tactics(states):
-    """(number of states, vocabulary): true for the tokens of the tactics that apply."""
-    applicable = torch.zeros(len(states), len(PROVE_VOCAB), dtype=torch.bool)
-    for row, state in zip(applicable, states):
-        row[[FIRST_TACTIC + tactic for tactic in tactics(state)]] = True
-    return applicable
-
-
 def proof_table(theorems):
     """The `ProofTable` of some theorems."""
     reach = [reachable(theorem) for theorem in theorems]
     states = [*dict.fromkeys(state for own in reach for state in own)]
     row = {state: i for i, state in enumerate(states)}
+    texts = [state_tokens(state) for state in states]
+    prompts = encode([["<pad>"] * (MAX_PROMPT - len(text)) + text for text in texts], PROVE_VOCAB)
+    applicable = torch.zeros(len(states), len(PROVE_VOCAB), dtype=torch.bool)
     subgoals = torch.full((len(states), len(PROVE_VOCAB), 2), PROVED)
     for state in states:
         for tactic, left in tactics(state).items():
+            place = row[state], FIRST_TACTIC + tactic
+            applicable[place] = True
             for i, subgoal in enumerate(left):
-                subgoals[row[state], FIRST_TACTIC + tactic, i] = row.get(subgoal, DEAD_END)
+                subgoals[*place, i] = row.get(subgoal, DEAD_END)
     proofs = [shortest_proof(theorem) for theorem in theorems]
     branching = [sum(len(tactics(state)) for state, _ in proof) / len(proof) for proof in proofs]
     blind = torch.tensor([solve(theorem)[2] for theorem in theorems], dtype=torch.float64)
-    return ProofTable(states, states_to_prompts(states), applicable_tactics(states), subgoals,
-                      torch.tensor([row[theorem] for theorem in theorems]), [[row[s] for s in own] for own in reach],
-                      torch.tensor([*map(len, proofs)]), torch.tensor(branching), blind)
+    return ProofTable(states, prompts, applicable, subgoals, torch.tensor([row[theorem] for theorem in theorems]),
+                      [[row[state] for state in own] for own in reach], torch.tensor([*map(len, proofs)]),
+                      torch.tensor(branching), blind)
 
 
 # ---- math: the questions of the MATH dataset (Hendrycks et al. 2021, arXiv 2103.03874) that have an integer answer ----
@@ -383,7 +363,6 @@ SUBJECTS = ["algebra", "counting_and_probability", "geometry", "intermediate_alg
 
 def math_questions(seed=0, math_dir=""):
     """A MATH question -> its integer answer. The split is the dataset's own, so `seed` changes nothing here.
-
     A word, a LaTeX command, a digit or a sign is a token; a word that the training questions use only once is
     '<unk>'. An answer is its sign and digits and END: at most 5 tokens."""
     problems = {split: math_problems(math_dir, split) for split in ("train", "test")}
@@ -438,15 +417,13 @@ def boxed(solution):
     starts = [match.end() for match in re.finditer(r"\\(?:boxed|fbox)(?![A-Za-z])", solution)]
     if not starts:
         return None
-    rest = solution[starts[-1]:].lstrip()
+    rest, depth = solution[starts[-1]:].lstrip(), 0
     if not rest.startswith("{"):
         return re.match(r"[^\s$.,]*", rest).group()  # without braces: up to the next space or dollar
-    depth = 0
     for i, character in enumerate(rest):
         depth += (character == "{") - (character == "}")
         if depth == 0:
             return rest[1:i]
-    return None
 
 
 def integer_answer(solution):
@@ -477,32 +454,27 @@ def parse_example(text, place):
         example = json.loads(text)
     except (json.JSONDecodeError, RecursionError) as error:
         raise ValueError(f"{place}: not JSON ({error}); fix or remove it") from None
-    for key in ("problem", "solution"):
-        if not isinstance(example, dict) or not isinstance(example.get(key), str):
-            raise ValueError(f"{place}: no text under the key '{key}'; each problem needs 'problem' and 'solution'")
+    fields = example if isinstance(example, dict) else {}
+    if not all(isinstance(fields.get(key), str) for key in ("problem", "solution")):
+        raise ValueError(f"{place}: each problem needs texts under 'problem' and 'solution'; fix or remove it")
     return example
 
 
 def download_math(split):
     """The examples of a split, by way of the Hugging Face `datasets` package."""
-    either = "pip install datasets, or give --math-dir DIR with train.jsonl and test.jsonl"
     try:
         from datasets import load_dataset
-    except ImportError:
-        raise ValueError(f"the math task needs the MATH dataset: {either}") from None
-    try:
         return [example for subject in SUBJECTS
                 for example in load_dataset("EleutherAI/hendrycks_math", subject, split=split)]
-    except Exception as error:  # no network, no such dataset, no disk: the package raises errors of many kinds
+    except Exception as error:  # no package, no network, no disk: errors of many kinds
         reason = str(error).strip().split("\n")[0]
-        raise ValueError(f"could not download the MATH dataset ({reason}): check the network, or give --math-dir DIR "
-                         f"with train.jsonl and test.jsonl") from None
+        raise ValueError(f"the math task could not download the MATH dataset ({reason}): pip install datasets, or give "
+                         "--math-dir DIR with train.jsonl and test.jsonl") from None
 
 
 def encode(texts, vocab):
     """Texts (strings, or lists of words) of equal length -> tokens (number of texts, length), int64."""
     token = {text: i for i, text in enumerate(vocab)}
     return torch.tensor([[token[piece] for piece in text] for text in texts])
-
 
 TASKS = {"multiply": multiply, "cot": cot, "prove": prove, "search": search, "math": math_questions}

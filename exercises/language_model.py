@@ -37,8 +37,16 @@ class LanguageModel(passn.Answers):
         self.A = self.answers.shape[1]
         texts = torch.cat([self.prompts, self.answers[:, :-1].clamp(min=0)], dim=1)
         self.texts = [tuple(text[text != NO_TOKEN].tolist()) for text in texts]
-        bar = tqdm(self.texts, "reading the questions", leave=False, delay=1)
-        self.stored = [encode(self.original, device, settings["n_layer"], text, self.A) for text in bar]
+
+    def encoded(self, problems, num_layers):
+        """What `encode` returns for some problems, as two lists."""
+        parts = [encode(self.original, self.device, num_layers, self.texts[i], self.A) for i in problems]
+        return zip(*parts)
+
+    def new_epoch(self, model, epoch, N):
+        if epoch == 0:
+            bar = tqdm(range(len(self.texts)), "reading the questions", leave=False, delay=1)
+            self.encoded(bar, self.settings["n_layer"])
 
     def new_model(self):
         """The top layers and the head, fed with stored states. Raises ValueError where the logits are not the same."""
@@ -47,19 +55,13 @@ class LanguageModel(passn.Answers):
         for i, layer in enumerate(model.model.layers):
             layer.self_attn.layer_idx = i
         with torch.no_grad():
-            logits, _ = self.right_answers(model, [self.size - 1])  # the longest
-            tokens = torch.tensor([self.texts[self.size - 1]], device=self.device)
-            whole = self.original(tokens).logits[:, -self.A:]
+            logits, _ = self.right_answers(model, [0])
+            whole = self.original(torch.tensor(self.texts[:1], device=self.device)).logits[:, -self.A:]
         error = (logits - whole).std() / whole.std()
         if not error < 0.05:  # rounding to bfloat16 makes 0.01
-            raise ValueError(f"on their own, its top layers give other logits than the whole model, by {error:.0%}")
+            raise ValueError(f"the model's top layers on their own give other logits than the whole, by {error:.0%}: "
+                             "choose a model like Llama")
         return model
-
-    def batches(self, generator):
-        """As in `Answers`, but each of problems of about equal length, since padding costs time."""
-        rough_order = torch.arange(self.size) + self.size / 10 * torch.rand(self.size, generator=generator)
-        batches = rough_order.argsort().split(self.settings["batch_size"])
-        return [batches[i] for i in torch.randperm(len(batches), generator=generator)]
 
     def log_p(self, model, batch):
         return passn.answer_log_p(*self.right_answers(model, batch), ignore_index=NO_TOKEN)
@@ -67,25 +69,27 @@ class LanguageModel(passn.Answers):
     def measure(self, model, split, temperatures):
         """As in `Answers`, but with the confidence of every fifth problem only, since it takes longer."""
         problems = self.train_subset if split == "train" else torch.arange(self.size, len(self.texts))
-        result = []
-        for answers_to, chosen in ((self.right_answers, problems), (self.own_answers, problems[::5])):
-            log_p = []
-            for batch in chosen.split(50):
+
+        def p_of(answers_to, problems):  # (number of temperatures, P)
+            parts = []
+            for batch in problems.split(50):
                 logits, answers = answers_to(model, batch)
-                log_p.append(torch.stack([passn.answer_log_p(logits, answers, T, NO_TOKEN) for T in temperatures]))
-            result.append(torch.cat(log_p, dim=1).cpu().double().exp())
-        return {T: (p, confidence, None) for T, p, confidence in zip(temperatures, *result)}
+                parts.append(torch.stack([passn.answer_log_p(logits, answers, T, NO_TOKEN) for T in temperatures]))
+            return torch.cat(parts, dim=1).cpu().double().exp()
+
+        both = zip(p_of(self.right_answers, problems), p_of(self.own_answers, problems[::5]))
+        return {T: (p, confidence, None) for T, (p, confidence) in zip(temperatures, both)}
 
     def right_answers(self, model, problems):
         """The logits (B, A, vocab_size) that predict the right answers to B problems, and these answers (B, A)."""
-        states, past = zip(*(self.stored[i] for i in problems))
+        states, past = self.encoded(problems, self.settings["n_layer"])
         run = continuation(model, past)
         return run(self.A, inputs_embeds=torch.stack(states).float()).logits, self.answers[problems]
 
     def own_answers(self, model, problems, temperature=1e-6):
         """The same for answers that are sampled token by token. So near temperature 0, they are the greedy ones."""
         num_top = len(model.model.layers)
-        past = [encode(self.original, self.device, 0, self.texts[i], self.A)[1] for i in problems]
+        _, past = self.encoded(problems, num_layers=0)
         run_lower = continuation(self.original.model, past)
         run_top = continuation(model, [keys_values[-num_top:] for keys_values in past])
         tokens, logits = self.prompts[problems, -1:], []
@@ -148,9 +152,8 @@ def continuation(model, past):
 
 
 def math_lm(seed=0, math_dir="", model=""):
-    """The problems of `math` in a model's tokens, sorted by length. `seed` changes nothing here."""
-    problems = {split: sorted(math_problems(math_dir, split), key=lambda problem: len(problem[0]))
-                for split in ("train", "test")}
+    """The problems of `math` in a model's tokens. `seed` changes nothing here."""
+    problems = {split: math_problems(math_dir, split) for split in ("train", "test")}
     questions, answers = zip(*problems["train"], *problems["test"])
     try:
         original, tokenizer = load(model)
@@ -160,16 +163,14 @@ def math_lm(seed=0, math_dir="", model=""):
         train, test = zip(prompts.split(sizes), answers.split(sizes))
         vocab = tokenizer.batch_decode(torch.arange(original.config.vocab_size)[:, None], skip_special_tokens=True)
         vocab = [text.replace("\n", " ") for text in vocab]
-        weights = [weight.view(torch.int32).sum().item() for weight in original.parameters()]
+        parameters = [*original.model.parameters(), *original.lm_head.parameters()]
+        weights = [parameter.view(torch.int32).sum().item() for parameter in parameters]
         data = f"{Path(model).resolve().name}-{digest([problems, weights, str(original.config)])}"
-        task = Task("math-lm", "language model", vocab, 0, train, test, **answers_to_guess(problems), data=data)
-        longest = task._replace(train=[part[-1:] for part in train], test=[part[:0] for part in test])
-        LanguageModel(longest, passn.SETTINGS["math-lm"] | {"model": model}, seed, "cpu").new_model()  # for its errors
+        return Task("math-lm", "language model", vocab, 0, train, test, **answers_to_guess(problems), data=data)
     except Exception as error:  # no package, no such name, no network, another architecture: errors of many kinds
         reason = str(error).strip().split("\n")[0]
         needs = "pip install transformers accelerate gguf; a model like Llama, by its hub name, folder or .gguf file"
         raise ValueError(f"{model}: {type(error).__name__}: {reason} (needed: {needs})") from None
-    return task
 
 
 def in_tokens(tokenizer, texts, side):
@@ -181,8 +182,8 @@ def in_tokens(tokenizer, texts, side):
 TASKS["math-lm"] = math_lm
 passn.KINDS["language model"] = LanguageModel
 passn.SETTINGS["math-lm"] = passn.DEFAULTS | {
-    "epochs": 8, "evaluations": 8, "batch_size": 32, "learning_rate": 5e-4, "eps": 1e-8, "pass_over": 0.0,
-    "n_layer": 10, "math_dir": "", "model": ""}
+    "epochs": 8, "evaluations": 4, "batch_size": 32, "learning_rate": 5e-4, "pass_over": 0.0, "n_layer": 10,
+    "math_dir": "", "model": ""}
 
 if __name__ == "__main__":
     if len(sys.argv) == 1 or sys.argv[1].startswith("-"):

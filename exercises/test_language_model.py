@@ -7,7 +7,6 @@ import os
 import pickle
 import re
 import runpy
-import subprocess
 import sys
 from pathlib import Path
 
@@ -111,8 +110,7 @@ def test_the_problems_are_those_of_math_in_the_models_own_tokens(llama, math_dir
             for prompt, answer in zip(*split)}
     assert told["Unheard of: 2+3?\nAnswer:"] == tokenizer(" 5")["input_ids"] + [96]
     assert told["What is $-3-4$, do you think?\nAnswer:"] == tokenizer(" -7")["input_ids"] + [96] and len(told) == 6
-    lengths = [len(tokens_of(prompt)) for prompt in task.train[0]]
-    assert lengths == sorted(lengths) and task.train[1].shape[1] == task.test[1].shape[1] == 4
+    assert task.train[1].shape[1] == task.test[1].shape[1] == 4
     for policy in (lambda p, N: p, optimal_policy):
         assert passn.guess_pass_at_n(task, policy, 8) == pytest.approx(passn.guess_pass_at_n(small, policy, 8))
 
@@ -164,10 +162,6 @@ def test_padding_and_batches_change_no_p(llama, math_dir):
         prompt, answer = (tokens_of(part[i]) for part in kind.task.train)
         logits = kind.original(torch.tensor([prompt + answer])).logits[:, len(prompt) - 1:-1]
         torch.testing.assert_close(log_p, answer_log_p(logits, torch.tensor([answer]))[0], rtol=5e-3, atol=0)
-    assert sorted(torch.cat(kind.batches(torch.Generator().manual_seed(0))).tolist()) == [0, 1, 2]
-    kind.size = 1000
-    batches = kind.batches(torch.Generator().manual_seed(0))
-    assert max(batch.max() - batch.min() for batch in batches) < 150 and len(batches) == 500  # of about equal length
     logits, own = kind.own_answers(model, [0, 1, 2, 3])
     one_by_one = [kind.own_answers(model, [i]) for i in range(4)]
     torch.testing.assert_close(logits, torch.cat([logits for logits, _ in one_by_one]), rtol=1e-4, atol=1e-4)
@@ -227,7 +221,7 @@ def refused(model, math_dir, capsys):
     with pytest.raises(SystemExit) as stop:
         passn.main(["--task", "math-lm", "--model", model, "--math-dir", str(math_dir), "--out", str(math_dir / "out")])
     said = capsys.readouterr()
-    assert stop.value.code == 2 and said.out == "" and said.err.count("\n") == 1 and "pip install" in said.err
+    assert stop.value.code == 2 and said.out == "" and said.err.count("\n") == 1 and "like Llama" in said.err
     return said.err
 
 
@@ -309,9 +303,11 @@ def test_worker_processes_know_the_new_kind(llama, math_dir, monkeypatch):
     assert run["task"] == "math-lm" and len(run["problems"]["p"]) == 3
 
 
-def test_as_a_program_it_runs_from_any_folder(llama, math_dir):
+def test_as_a_program_it_runs_from_any_folder(llama, math_dir, monkeypatch, capsys):
     flags = ["--math-dir", ".", "--out", "x", "--loss", "ce", "--epochs", "0"]
-    done = subprocess.run([sys.executable, language_model.__file__, llama, *flags], cwd=math_dir, capture_output=True,
-                          text=True, timeout=300)
-    assert done.returncode == 0 and "64 tries" in done.stdout and "Traceback" not in done.stderr, done.stderr
+    monkeypatch.setattr(sys, "argv", [language_model.__file__, llama, *flags])
+    monkeypatch.chdir(math_dir)
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_path(language_model.__file__, run_name="__main__")
+    assert stop.value.code == 0 and "64 tries" in capsys.readouterr().out
     assert len([*(math_dir / "x").glob("math-lm-*.json")]) == 1
