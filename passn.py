@@ -32,7 +32,7 @@ from toy_tasks import PAD, TASKS, mask_after_end, part_of, proof_p, sample_attem
 
 # ==== 1. pass@N ===========================================================================================
 #
-# A model answers a problem by sampling. Let p be the probability that one sample is right. Give the model N tries and
+# A model answers a problem by sampling. Let p be the probability that one try is right. Give the model N tries and
 # count the problem as solved if any of them is right: it fails only if all N fail.
 
 
@@ -135,9 +135,9 @@ def log1mexp(x):
 
 # Reinforcement learning with a verifier asks for something else: not the mean of log pass@N, but the mean of pass@N itself.
 # With N = 1 that is the mean of p, the usual reward. The difference is what happens to hard examples. The mean of -log
-# never gives an example up, however small its p. The mean of pass@N weighs each example by what it adds to that mean, so
-# it gives up what costs too much of it. That wins where answers can only be guessed; where they can be learned, the
-# limited loss's persistence wins. The disease is the same: with N = 1 the mean of p, too, makes a model overconfident.
+# never gives an example up, however small its p. Under the mean of pass@N an example pulls in proportion to its pass@N:
+# where p is tiny, hardly at all. That wins where answers can only be guessed, and gives up what could still be learned
+# (exercise 5). The disease is the same: with N = 1 the mean of p, too, makes a model overconfident.
 
 
 def reward_loss(log_p, N):
@@ -155,10 +155,9 @@ def pass_at_n_weights(num_samples, num_correct, N):
 
         ∇ pass@N ≈ Σ_right w ∇ log π(try),      w = N/n · C(n - c, N - 1) / C(n - 1, N - 1).
 
-    A wrong try weighs 0: the leave-one-out baseline is in it. w is N/n times the unbiased estimate of (1 - p)^(N-1), so a
-    right try counts as far as the N - 1 others would all have failed, the idea of F once more. With N = 1, w = 1/n: plain
-    REINFORCE. Arguments, shapes and errors as in `estimate_pass_at_n`. Source: Walder and Karkhanis 2025,
-    arXiv 2505.15201."""
+    w is N/n times the unbiased estimate of (1 - p)^(N-1), the chance that N - 1 other tries all fail: the idea of F once
+    more. A wrong try weighs 0, and no other baseline is needed. With N = 1, w = 1/n: plain REINFORCE.
+    Arguments, shapes and errors as in `estimate_pass_at_n`. Source: Walder and Karkhanis 2025, arXiv 2505.15201."""
     num_correct = torch.as_tensor(num_correct).cpu()
     estimate_pass_at_n(num_samples, num_correct, N)  # for its errors
     if N == 1:
@@ -269,8 +268,8 @@ def sample(model, prompts, num_new_tokens, temperature=1.0, generator=None):
 # its settings in `SETTINGS`. exercises/language_model.py does all three from outside.
 #
 # One rule holds for every kind. Training pulls on what it is shown, be it an answer, a trace or the step of a proof, and F
-# depends on the p of a whole try, by whatever trace or proof. Where the two differ, log_p has the value of the try's log p
-# and the gradient of what is shown; the chain rule in the loss does the rest.
+# depends on the p of a whole try, by whatever trace or proof. In a proof, say, the gradient comes from one step, and F from
+# the p of the whole theorem. `with_value` joins the two: the loss sees the value, and backward follows the step.
 
 EVAL_NS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)  # pass@N is measured for these N, and for the run's own
 COLUMNS = (1, 8, 64, 512)  # and shown for these
@@ -459,7 +458,7 @@ class Searches(Answers):
         for T in temperatures:
             policy = (logits / T).softmax(dim=1)
             greedy = policy * F.one_hot(policy.argmax(dim=1), policy.shape[1])
-            result[T] = proof_p(policy, table), proof_p(greedy, table, failure=1.0), None
+            result[T] = proof_p(policy, table), proof_p(greedy, table, failure=1.0), None  # 1: failed attempts count, too
         return result
 
     def baselines(self):
@@ -474,7 +473,7 @@ class Steps(Searches):
     """Imitation of a known proof, step by step: an example is a state of it and the tactic used there. p of an attempt at
     the theorem, by whatever proof, is exact for the training theorems too, renewed every epoch.
 
-    With `per_step`, the paper's step-wise loss: p is that of the step, and N its effective N, far below the attempts."""
+    With `per_step`, the paper's step-wise loss: p is the step's own, and N is far below the number of attempts."""
     plans = Answers.plans | {
         "frontier": Answers.plans["frontier"] + [{"loss": "limited", "N": N, "per_step": True} for N in (2, 4, 8)]}
 
@@ -491,7 +490,7 @@ class Steps(Searches):
 
     def log_p(self, model, batch):
         theorem, row, tactic = self.task.steps[batch].unbind(dim=1)
-        if self.theorem_log_p is not None and not torch.is_grad_enabled():
+        if self.theorem_log_p is not None and not torch.is_grad_enabled():  # only the value is wanted
             return self.theorem_log_p[theorem]
         step = -F.cross_entropy(tactic_logits(model, self.task.train, row), tactic, reduction="none")
         return step if self.theorem_log_p is None else with_value(step, self.theorem_log_p[theorem])
@@ -570,7 +569,7 @@ def train(task, loss="limited", N=None, seed=0, device="cpu", out=None, place=0,
                 for group in optimizer.param_groups:
                     group["lr"] = settings["learning_rate"] * schedule((epoch + i / num_batches) / epochs)
                 waiting = torch.cat([waiting, still_pulling(kind, model, candidates, loss, train_N)])
-                if len(waiting) >= len(candidates):  # enough for a full batch
+                if len(waiting) >= len(candidates):  # enough for a batch
                     batch, waiting = waiting[:batch_size], waiting[batch_size:]
                     optimizer.zero_grad()
                     kind.objective(model, batch, loss, train_N).backward()
@@ -637,7 +636,7 @@ def means(p, confidence, num_samples, eval_Ns):
 def new_run(kind, loss, N, seed):
     """An empty run. Its label and the name of its file are made here, once."""
     task, settings, usual = kind.task, kind.settings, SETTINGS[kind.task.name]
-    changes = [f"{key}={value}" for key, value in settings.items()  # texts are places: `data` says what lies there
+    changes = [f"{key}={value}" for key, value in settings.items()  # texts are paths: `data` says what lies there
                if value != usual.get(key) and key not in ("N", "tries") and not isinstance(value, str)]
     label = ", ".join(["cross-entropy" if loss == "ce" else f"{loss} N={N}", *changes])
     data = [f"data={task.data}"] * bool(task.data)
@@ -695,7 +694,7 @@ def optimal_policy(p, N):
 
     with np.errstate(divide="ignore"):
         log_p = np.log(p)
-    return with_sum_1(policy, -log_p.max(), 40 * (N - 1) - log_p.max())  # none is kept, and one has all to the last digit
+    return with_sum_1(policy, -log_p.max(), 40 * (N - 1) - log_p.max())  # from q = 0 to q_i = 1 for one
 
 
 def limited_policy(p, N):
@@ -822,7 +821,7 @@ def print_table(rows, N):
     most = max(rows, key=len)
     lines |= {name: stack(most, "baselines")[:, i, at] for i, name in enumerate(most[0]["rivals"])}
     width = max(map(len, lines))
-    headers = [*(f"pass@{n}" for n in shown), "confidence", f"best@{N}", "and best T"]
+    headers = [*(f"pass@{n}" for n in shown), "confidence", "best epoch", "& best T"]
     print(" " * width + " seeds" + "".join(f"{header:>11}" for header in headers))
     for label, values in lines.items():
         means, errors = mean_and_error(values)
@@ -908,7 +907,7 @@ def draw_theory(N, path):
         policies.plot(np.flatnonzero(q) + 1, q[q > 0], color=color, linestyle=linestyle, label=name)
     policies.axhline(1 / N, color="grey", linestyle=":")
     policies.text(100, 1.08 / N, f"1/N = 1/{N}", color="grey", ha="right")
-    factor.set(title="(a) An example stops pulling near p = 1/N (dotted)", xscale="log",
+    factor.set(title="(a) The pull fades beyond p = 1/N (dotted)", xscale="log",
                xlabel="p, probability that one try is right", ylabel="overconfidence factor F(N, p)")
     policies.set(title=f"(b) Where each loss tends on an uncertain question, N = {N}", xscale="log", yscale="log",
                  xlabel="answer, by rank", ylabel="probability q given to the answer")
@@ -982,8 +981,8 @@ def fail(message):
 def jobs(args):
     """The arguments of `train` for every run, seed by seed."""
     for seed in range(args.seed, args.seed + args.seeds):
-        places = {name: value for name, value in args.settings.items() if isinstance(value, str)}
-        task = TASKS[args.task](seed, **places)
+        paths = {name: value for name, value in args.settings.items() if isinstance(value, str)}
+        task = TASKS[args.task](seed, **paths)
         plan = "frontier" if args.frontier else args.loss
         for place, changes in enumerate(KINDS[task.kind].plans.get(plan, [{"loss": args.loss}])):
             yield args.settings | changes | dict(task=task, seed=seed, device=args.device, out=args.out, place=place)

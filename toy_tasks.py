@@ -218,7 +218,8 @@ def proof_p(policy, table, failure=0.0):
     """The probability that an attempt proves each theorem: (P,) float64. policy: (S, vocabulary), the probability of
     each tactic in each state of the table.
     A state is proved if a tactic is chosen all of whose remaining states are proved, each by choices of its own. With d
-    tactics left on a branch that is p_d(s) = Σ_t policy(t|s) Π_s' p_(d-1)(s'), and p_0 = `failure` = 0."""
+    tactics left on a branch that is p_d(s) = Σ_t policy(t|s) Π_s' p_(d-1)(s'), and p_0, as of a dead end, is `failure`: 0, or 1
+    to count all attempts."""
     ends = torch.tensor([1.0, failure], dtype=torch.float64)  # in the places PROVED and DEAD_END
     p = torch.full((len(policy),), failure, dtype=torch.float64)
     for _ in range(MAX_DEPTH):

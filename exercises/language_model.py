@@ -2,8 +2,9 @@
 
     python exercises/language_model.py MODEL --math-dir DIR [flags of passn.py]
 
-MODEL is a name on the Hugging Face hub, a folder or a .gguf file. The model reads each question once, as it came. Only
-its top --n-layer layers are trained, at the answer's tokens. A process takes 4 GB for 135 million parameters.
+MODEL is a name on the Hugging Face hub, a folder or a .gguf file. The model as it came reads each question once, and what
+it keeps of it stays fixed. Training changes the top --n-layer layers only, which run at the answer's tokens; the head is
+frozen. A process takes 4 GB for 135 million parameters.
 
 This is the example to follow for adding a kind of answers (here `LanguageModel`) and a task (`math_lm`) to passn.py
 from outside. They enter its registries at the end, when the file is imported: worker processes import it too.
@@ -49,7 +50,7 @@ class LanguageModel(passn.Answers):
             self.encoded(bar, self.settings["n_layer"])
 
     def new_model(self):
-        """The top layers and the head, fed with stored states. Raises ValueError where the logits are not the same."""
+        """The top layers, and the frozen head, fed with stored states. Raises ValueError where the logits are not the same."""
         model = copy.deepcopy(self.original)
         model.model.layers = model.model.layers[-self.settings["n_layer"]:].requires_grad_(True)
         for i, layer in enumerate(model.model.layers):

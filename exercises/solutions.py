@@ -244,6 +244,36 @@ def solution_14(args):
         show(args, name)
 
 
+def solution_15(args):
+    task = passn.TASKS["math"](0, args.math_dir)
+    index, counts = task.test_answer_index, task.answer_frequencies * len(task.train[0])
+    count = torch.where(index >= 0, counts[index], 0).round()  # how often each test answer is one in training
+    groups = {"all": count >= 0, "0 to 5": count <= 5, "6 to 30": (count > 5) & (count <= 30), "from 31": count > 30}
+    groups = {name: group for name, group in groups.items() if group.any()}
+    ends, bests = {}, {}
+    for path in sorted(Path(args.out).glob("math*-N*.json")):
+        run = json.loads(path.read_text(encoding="utf-8"))
+        for rows, problems in ((ends, run["problems"]), (bests, run["problems"]["best"])):
+            rows.setdefault(f"{run['task']}, {run['label']}", []).append(pass_at_n(problems["p"], 64))
+    if "cross-entropy" not in next(iter(ends), ""):
+        fail(f"{args.out} has no runs of cross-entropy on MATH; first run python passn.py --task math --math-dir DIR --out {args.out}")
+
+    def means(label, pass_64):
+        line(label, *(pass_64[group].mean() for group in groups.values()))
+
+    line("answer's count in training", *groups)
+    line("test problems", *(f"{group.sum()}" for group in groups.values()))
+    for label, runs in ends.items():
+        end, best = torch.stack(runs).mean(dim=0), torch.stack(bests[label]).mean(dim=0)  # over the seeds
+        means(label, end)
+        if "cross-entropy" in label:
+            rival = best
+            means("cross-entropy's best epoch", best)
+        else:
+            means("minus cross-entropy's best", end - rival)
+            line("± standard error", *((end - rival)[group].std() / group.sum().sqrt() for group in groups.values()))
+
+
 SOLUTIONS = {name[9:]: function for name, function in [*globals().items()] if name.startswith("solution_")}
 
 
@@ -252,7 +282,7 @@ def main(argv=None):
     parser.error = fail
     parser.add_argument("exercise", nargs="?", help=f"its number, 1 to {len(SOLUTIONS)}")
     parser.add_argument("--out", default="out", help="the folder of the runs")
-    parser.add_argument("--math-dir", default="", help="the folder of the MATH dataset, for exercise 6")
+    parser.add_argument("--math-dir", default="", help="the folder of the MATH dataset, for exercises 6 and 15")
     args = parser.parse_args(argv)
     if args.exercise not in SOLUTIONS:
         fail(f"give the number of an exercise, 1 to {len(SOLUTIONS)}, as in: python exercises/solutions.py 3")

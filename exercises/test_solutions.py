@@ -29,8 +29,9 @@ def tiny():
     """Every task with a tiny model, few problems and two epochs, all runs in this process."""
     with pytest.MonkeyPatch.context() as patch:
         small = {"epochs": 2, "evaluations": 2, "n_layer": 1, "n_head": 2, "n_embd": 16}
-        for name in ("multiply", "prove", "search"):
+        for name in ("multiply", "prove", "search", "math"):
             patch.setitem(passn.SETTINGS, name, passn.SETTINGS[name] | small)
+        for name in ("multiply", "prove", "search"):
             few = functools.partial(getattr(toy_tasks, name), num_train=6, num_test=20)
             patch.setitem(passn.TASKS, name, few)
         patch.setattr(os, "cpu_count", lambda: 1)
@@ -166,6 +167,17 @@ def test_the_scale_of_the_factors(folder, capsys):
 def test_training_is_compared(number, labels, folder, capsys):
     rows = solve(number, folder, capsys)
     assert [*rows] == labels and all(len(values) == 8 for values in rows.values())
+
+
+def test_which_answers_win_on_math(folder, capsys):
+    assert "first run python passn.py --task math" in refused(["15", "--out", str(folder), "--math-dir", str(folder)], capsys)
+    assert passn.main(["--task", "math", "--math-dir", str(folder), "--out", str(folder), "--seeds", "2"]) == 0
+    capsys.readouterr()
+    rows = solve("15", folder, capsys)
+    assert [*rows] == ["test problems", "math, cross-entropy", "cross-entropy's best epoch", "math, limited N=64",
+                       "minus cross-entropy's best", "± standard error"] and rows["test problems"] == [20, 20]
+    _, _, (best, _), (limited, _), (difference, _), _ = rows.values()
+    assert difference == pytest.approx(limited - best, abs=2e-3)
 
 
 def test_what_is_there_is_not_trained_again(folder, capsys, monkeypatch):
