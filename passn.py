@@ -160,10 +160,8 @@ def pass_at_n_weights(num_samples, num_correct, N):
     Arguments, shapes and errors as in `estimate_pass_at_n`. Source: Walder and Karkhanis 2025, arXiv 2505.15201."""
     num_correct = torch.as_tensor(num_correct).cpu()
     estimate_pass_at_n(num_samples, num_correct, N)  # for its errors
-    if N == 1:
-        return torch.where(num_correct > 0, 1 / num_samples, 0.0).double()
-    others_solve = estimate_pass_at_n(num_samples - 1, (num_correct - 1).clamp(min=0), N - 1)
-    return torch.where(num_correct > 0, N / num_samples * (1 - others_solve), 0.0)
+    others_solve = estimate_pass_at_n(num_samples - 1, (num_correct - 1).clamp(min=0), N - 1) if N > 1 else 0
+    return (num_correct > 0).double() * N / num_samples * (1 - others_solve)
 
 
 LOSSES = {  # from the batch's log_p (B,) and N to the number that is minimized
@@ -341,8 +339,8 @@ class Answers:
         """What tries at the first three test problems give: [(problem, number of right tries, tries as text), …]."""
         x, y = (tensor[:3] for tensor in self.task.test)
         generator = torch.Generator(x.device).manual_seed(0)
-        tries = sample(model, x.repeat_interleave(num_tries, dim=0), y.shape[1], generator=generator)
-        return self.task.as_text(mask_after_end(tries).view(len(x), num_tries, -1))
+        tries = sample_traces(model, x, y, num_tries, 1.0, generator)
+        return self.task.as_text(mask_after_end(tries))
 
 
 def answer_logits(model, prompts, answers):
@@ -644,8 +642,8 @@ def new_run(kind, loss, N, seed):
     config = settings | {"N": N, "device": kind.device, "data": task.data}
     shapes = {name: values.tolist() for name, values in task.shapes.items()}
     rivals = {name: {f"pass@{n}": baseline(n) for n in kind.eval_Ns} for name, baseline in kind.baselines().items()}
-    return dict(task=task.name, loss=loss, N=N, seed=seed, label=label, file=file, config=config, history=[],
-                problems=shapes, rivals=rivals)
+    return dict(task=task.name, loss=loss, N=N, seed=seed, label=label, file=file, config=config,
+                history=[], problems=shapes, rivals=rivals)
 
 
 def save(run, out, finished):
@@ -797,37 +795,39 @@ def stack(row, name):
     return np.stack([run[name] for run in row])
 
 
+def at_best(row, num_temperatures=1):
+    """pass@N for all N (seeds, N), in the epoch and at the temperature where the last of them is best. These are chosen on
+    the test set itself, which flatters them."""
+    pass_at = stack(row, "pass_at")[:, :, :num_temperatures]
+    choices = pass_at.reshape(len(row), -1, pass_at.shape[-1])
+    best = np.nan_to_num(choices[..., -1]).argmax(axis=1)
+    return choices[np.arange(len(row)), best]
+
+
 def mean_and_error(values):
     """Mean and standard error over the first axis, the seeds; an error of 0 where there is only one."""
-    mean = np.mean(values, axis=0)
-    if len(values) == 1:
-        return mean, 0 * mean
-    return mean, np.std(values, axis=0, ddof=1) / math.sqrt(len(values))
+    deviation = np.std(values, axis=0, ddof=len(values) > 1)
+    return np.mean(values, axis=0), deviation / math.sqrt(len(values))
 
 
 def print_table(rows, N):
     """A line for each loss and its settings, at the end of training, and for the baselines: mean over the seeds ± standard
-    error. In the last two columns stands pass@N in the best epoch, and at the best temperature too. These are chosen on the
-    test set itself, which flatters them."""
-    is_measured = np.isfinite(rows[0][0]["pass_at"][0, 0])
+    error. In the last two columns stands pass@N in the best epoch, and at the best temperature too."""
+    is_measured = np.isfinite([row[0]["pass_at"][0, 0] for row in rows]).any(axis=0)
     shown = {n: i for i, n in enumerate((*EVAL_NS, N)) if n in (*COLUMNS, N) and is_measured[i]}
     at, lines = [*shown.values()], {}
     for row in rows:
-        pass_at = stack(row, "pass_at")
-        ends = pass_at[:, -1, 0, at], stack(row, "confidence")[:, -1]
-        goal = pass_at[..., -1]  # (seeds, epochs, temperatures)
-        best = goal[..., 0].max(axis=1), np.fmax.reduce(goal, axis=(1, 2))
-        lines[row[0]["label"]] = np.column_stack([*ends, *best])
+        ends = stack(row, "pass_at")[:, -1, 0, at], stack(row, "confidence")[:, -1]
+        bests = at_best(row)[:, -1], at_best(row, None)[:, -1]
+        lines[row[0]["label"]] = np.column_stack([*ends, *bests])
     most = max(rows, key=len)
     lines |= {name: stack(most, "baselines")[:, i, at] for i, name in enumerate(most[0]["rivals"])}
     width = max(map(len, lines))
-    headers = [*(f"pass@{n}" for n in shown), "confidence", "best epoch", "& best T"]
+    headers = [*(f"pass@{n}" for n in shown), "confidence", f"best@{N}", "& best T"]
     print(" " * width + " seeds" + "".join(f"{header:>11}" for header in headers))
     for label, values in lines.items():
-        means, errors = mean_and_error(values)
-        cells = [f"{mean:.3f}" for mean in means]
-        if len(values) > 1:
-            cells = [f"{mean:.3f}±{error:.3f}".replace("0.", ".") for mean, error in zip(means, errors)]
+        cells = [f"{mean:.3f}±{error:.3f}".replace("0.", ".") if len(values) > 1 else f"{mean:.3f}"
+                 for mean, error in zip(*mean_and_error(values))]
         print(f"{label:{width}}{len(values):6}" + "".join(f"{cell:>11}" for cell in cells))
 
 
@@ -855,11 +855,9 @@ def draw(rows, N, path):
         plot_runs(confidence, epochs, stack(row, "train p"), color, linestyle="--")
         plot_runs(tries, EVAL_NS, pass_at[:, -1, 0, :-1], color, label=label)
         if row is rows[0]:
-            goal = np.nan_to_num(pass_at[..., -1].mean(axis=0))  # (epochs, temperatures)
-            pass_N.axhline(goal[:, 0].max(), color=color, linestyle=":")
-            for choices, linestyle, name in ((goal[:, :1], "--", "best epoch"), (goal, ":", "best epoch and temperature")):
-                epoch, T = np.unravel_index(choices.argmax(), choices.shape)
-                plot_runs(tries, EVAL_NS, pass_at[:, epoch, T, :-1], color, linestyle=linestyle, label=f"… in its {name}")
+            pass_N.axhline(at_best(row)[:, -1].mean(), color=color, linestyle=":")
+            plot_runs(tries, EVAL_NS, at_best(row)[:, :-1], color, linestyle="--", label="… in its best epoch")
+            plot_runs(tries, EVAL_NS, at_best(row, None)[:, :-1], color, linestyle=":", label="… and at its best T")
     most = max(rows, key=len)
     for i, name in enumerate(most[0]["rivals"]):
         values = stack(most, "baselines")[:, i, :-1].mean(axis=0)

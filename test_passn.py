@@ -198,7 +198,7 @@ def test_estimates_of_pass_at_n_and_of_its_gradient_are_unbiased(n, N):
 
 def test_weights_are_those_of_pass_at_k_with_the_leave_one_out_baseline():
     """By enumeration (Walder and Karkhanis 2025): the share of the sets of N tries with one right try that need it."""
-    assert pass_at_n_weights(8, [0, 1, 8], 1).tolist() == [0, 1 / 8, 1 / 8]
+    assert pass_at_n_weights(10, [0, 1, 10], 1).tolist() == [0, 1 / 10, 1 / 10]
     for n, c, N in ((4, 2, 2), (6, 1, 3), (7, 3, 4), (5, 5, 2)):  # tries 0 to c - 1 are right
         needed = [min(others) >= c for others in combinations(range(1, n), N - 1)]
         assert pass_at_n_weights(n, c, N).item() == approx(N / n * np.mean(needed), rel=1e-12, abs=1e-15)
@@ -984,6 +984,7 @@ def test_the_readmes_trainer_takes_the_steps_of_a_loop_by_hand(package, trainer,
     for trained, same in zip(model.parameters(), by_hand.parameters()):
         assert_close(trained, same, rtol=1e-4, atol=1e-6)
     assert names["trainer"].evaluate(train_dataset)["eval_loss"] == approx(losses(range(24)).mean().item())
+    assert names["trainer"].predict(train_dataset).label_ids.shape == (24, 12)
     packed = {"labels": torch.tensor([[-100, 1, -100, 1]]), "input_ids": torch.tensor([[2, 1, 2, 1]])}
     with pytest.raises(AssertionError, match="do not pack"):
         names["trainer"].compute_loss(model, packed)

@@ -216,14 +216,14 @@ PROVED, DEAD_END = -2, -1  # instead of a state's row: nothing is left to prove,
 
 def proof_p(policy, table, failure=0.0):
     """The probability that an attempt proves each theorem: (P,) float64. policy: (S, vocabulary), the probability of
-    each tactic in each state of the table.
-    A state is proved if a tactic is chosen all of whose remaining states are proved, each by choices of its own. With d
-    tactics left on a branch that is p_d(s) = Σ_t policy(t|s) Π_s' p_(d-1)(s'), and p_0, as of a dead end, is `failure`: 0, or 1
-    to count all attempts."""
+    each tactic in each state of the table. A state is proved if a tactic is chosen all of whose remaining states are
+    proved, each by choices of its own. With d tactics left on a branch that is p_d(s) = Σ_t policy(t|s) Π_s' p_(d-1)(s').
+    p_0 of a state, and p of a dead end, is `failure`: 0, or 1 to count the attempts that fail, too."""
     ends = torch.tensor([1.0, failure], dtype=torch.float64)  # in the places PROVED and DEAD_END
     p = torch.full((len(policy),), failure, dtype=torch.float64)
     for _ in range(MAX_DEPTH):
-        p = (policy * torch.cat([p, ends])[table.subgoals].prod(dim=-1)).sum(dim=-1)
+        p_of_subgoals = torch.cat([p, ends])[table.subgoals]
+        p = (policy * p_of_subgoals.prod(dim=-1)).sum(dim=-1)
     return p[table.theorems]
 
 

@@ -164,8 +164,8 @@ def math_lm(seed=0, math_dir="", model=""):
         train, test = zip(prompts.split(sizes), answers.split(sizes))
         vocab = tokenizer.batch_decode(torch.arange(original.config.vocab_size)[:, None], skip_special_tokens=True)
         vocab = [text.replace("\n", " ") for text in vocab]
-        parameters = [*original.model.parameters(), *original.lm_head.parameters()]
-        weights = [parameter.view(torch.int32).sum().item() for parameter in parameters]
+        [layer.self_attn.layer_idx for layer in original.model.layers]  # an error where it is not built like Llama
+        weights = [weight.view(torch.int32).sum().item() for weight in original.parameters()]
         data = f"{Path(model).resolve().name}-{digest([problems, weights, str(original.config)])}"
         return Task("math-lm", "language model", vocab, 0, train, test, **answers_to_guess(problems), data=data)
     except Exception as error:  # no package, no such name, no network, another architecture: errors of many kinds

@@ -55,7 +55,7 @@ def save_model(folder, name="Llama", end="<end>", seed=0, **changes):
              "bos_token_id": None, "eos_token_id": 96, "pad_token_id": None}
     torch.manual_seed(seed)
     model = getattr(transformers, f"{name}ForCausalLM")(getattr(transformers, f"{name}Config")(**shape | changes))
-    for layer in model.model.layers if hasattr(model, "model") else ():
+    for layer in model.model.layers if hasattr(model, "model") and hasattr(model.model, "layers") else ():
         layer.self_attn.q_proj.weight.data *= 0.1  # attend to all of a text, so that a wrong mask or place shows
     model.to(model.config.dtype or torch.float32).save_pretrained(folder)
     if end:
@@ -227,7 +227,7 @@ def refused(model, math_dir, capsys):
 
 @pytest.mark.parametrize("model, hint", [
     ("/nowhere", "/nowhere"), ("/nowhere.gguf", "/nowhere.gguf"), (__file__, "config"), ("broken.gguf", "broken.gguf"),
-    ("no tokenizer", "tokenizer"), ("no end", "no end token"), ("other", "GPTNeoXForCausalLM"),
+    ("no tokenizer", "tokenizer"), ("no end", "no end token"), ("other", "GPTNeoXForCausalLM"), ("opt", "OPTModel"),
     ("granite", "other logits"), ("gemma2", "other logits"), ("broken", "broken")])
 def test_bad_models_get_one_line(model, hint, llama, math_dir, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
@@ -240,6 +240,8 @@ def test_bad_models_get_one_line(model, hint, llama, math_dir, tmp_path, monkeyp
         file.write_text(json.dumps(json.loads(file.read_text()) | {"eos_token": None}))
     if model == "other":
         save_model(model, "GPTNeoX")
+    if model == "opt":
+        save_model(model, "OPT", word_embed_proj_dim=32)
     if model == "granite":
         save_model(model, "Granite", embedding_multiplier=12.0)
     if model == "gemma2":  # the windows of the upper layers are not those of the lower ones
