@@ -813,18 +813,18 @@ def mean_and_error(values):
 def print_table(rows, N):
     """A line for each loss and its settings, at the end of training, and for the baselines: mean over the seeds ± standard
     error. In the last two columns stands pass@N in the best epoch, and at the best temperature too."""
-    shown, lines = sorted({1, 8, N}), {}
+    shown, lines = sorted({1, 8, N}), []
     at = [(*EVAL_NS, N).index(n) for n in shown]
     for row in rows:
         ends = stack(row, "pass_at")[:, -1, 0, at], stack(row, "confidence")[:, -1]
         bests = at_best(row)[:, -1], at_best(row, None)[:, -1]
-        lines[row[0]["label"]] = np.column_stack([*ends, *bests])
+        lines.append((row[0]["label"], np.column_stack([*ends, *bests])))
     most = max(rows, key=len)
-    lines |= {name: stack(most, "baselines")[:, i, at] for i, name in enumerate(most[0]["rivals"])}
-    width = max(map(len, lines))
+    lines += [(name, stack(most, "baselines")[:, i, at]) for i, name in enumerate(most[0]["rivals"])]
+    width = max(len(label) for label, _ in lines)
     headers = [*(f"pass@{n}" for n in shown), "confidence", f"best@{N}", "& best T"]
     print(" " * width + " seeds" + "".join(f"{header:>11}" for header in headers))
-    for label, values in lines.items():
+    for label, values in lines:
         cells = [f"{mean:.3f}±{error:.3f}".replace("0.", ".") if len(values) > 1 else f"{mean:.3f}"
                  for mean, error in zip(*mean_and_error(values))]
         print(f"{label:{width}}{len(values):6}" + "".join(f"{cell:>11}" for cell in cells))

@@ -767,6 +767,8 @@ def test_main_trains_saves_and_reports_every_saved_run(tiny, capsys):
 
 def test_the_plans_of_runs(tiny, monkeypatch):
     monkeypatch.setitem(LOSSES, "new", None)  # a new loss is one line
+    for name, kind in {"multiply": "answers", "prove": "steps", "search": "searches"}.items():
+        monkeypatch.setitem(TASKS, name, lambda seed, kind=kind: Mock(kind=kind))
     limited, steps = " limited 8 limited 64 limited 512", " limited 2 step limited 4 step limited 8 step"
     for options, plan in {
             "": "ce 64 limited 64", "--loss new --N 4": "new 4", "--loss ce --seeds 2": "ce 64 ce 64",

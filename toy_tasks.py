@@ -358,8 +358,7 @@ def proof_table(theorems):
 # ---- math: the questions of the MATH dataset (Hendrycks et al. 2021, arXiv 2103.03874) that have an integer answer ----
 
 MAX_QUESTION = 64  # tokens
-SUBJECTS = ["algebra", "counting_and_probability", "geometry", "intermediate_algebra", "number_theory",
-            "prealgebra", "precalculus"]
+SUBJECTS = "algebra counting_and_probability geometry intermediate_algebra number_theory prealgebra precalculus".split()
 
 
 def math_questions(seed=0, math_dir=""):

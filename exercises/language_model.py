@@ -2,12 +2,11 @@
 
     python exercises/language_model.py MODEL --math-dir DIR [flags of passn.py]
 
-MODEL is a name on the Hugging Face hub, a folder or a .gguf file. The model as it came reads each question once, and what
-it keeps of it stays fixed. Training changes the top --n-layer layers only, which run at the answer's tokens; the head is
-frozen. A process takes 4 GB for 135 million parameters.
+MODEL is a name on the Hugging Face hub, a folder or a .gguf file. The model as it came reads each question once. Training
+changes its top --n-layer layers only, at the answer's tokens. A process takes 4 GB for 135 million parameters.
 
 This is the example to follow for adding a kind of answers (here `LanguageModel`) and a task (`math_lm`) to passn.py
-from outside. They enter its registries at the end, when the file is imported: worker processes import it too.
+from outside. They enter its registries at the end of the file: worker processes import it too.
 """
 
 import copy
@@ -183,7 +182,7 @@ def in_tokens(tokenizer, texts, side):
 TASKS["math-lm"] = math_lm
 passn.KINDS["language model"] = LanguageModel
 passn.SETTINGS["math-lm"] = passn.DEFAULTS | {
-    "epochs": 8, "evaluations": 4, "batch_size": 32, "learning_rate": 5e-4, "pass_over": 0.0, "n_layer": 10,
+    "epochs": 8, "evaluations": 4, "batch_size": 32, "learning_rate": 2e-4, "pass_over": 0.0, "n_layer": 10,
     "math_dir": "", "model": ""}
 
 if __name__ == "__main__":
