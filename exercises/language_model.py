@@ -40,8 +40,7 @@ class LanguageModel(passn.Answers):
 
     def encoded(self, problems, num_layers):
         """What `encode` returns for some problems, as two lists."""
-        parts = [encode(self.original, self.device, num_layers, self.texts[i], self.A) for i in problems]
-        return zip(*parts)
+        return zip(*(encode(self.original, self.device, num_layers, self.texts[i], self.A) for i in problems))
 
     def new_epoch(self, model, epoch, N):
         if epoch == 0:
