@@ -153,6 +153,7 @@ def test_what_cannot_be_is_refused(function, arguments, hint):
 # ---- 2. the loss -----------------------------------------------------------------------------------------
 
 
+@functools.cache
 def exact_loss_and_factor(log_p, N):
     with localcontext(prec=1000, Emin=-10**9, Emax=10**9):
         p = Decimal(log_p).exp()
@@ -161,16 +162,12 @@ def exact_loss_and_factor(log_p, N):
         return float(-success.ln()), float(N * p * fail / success)
 
 
-@functools.cache
-def exact_rows():
-    return [(N, log_p, *exact_loss_and_factor(log_p, N)) for N in (1, 2, 8, 64, 1000, 1_000_000)
-            for log_p in torch.tensor(LOG_PS).tolist()]  # rounded to float32
-
-
 @PRECISION
 def test_loss_and_factor_match_exact_arithmetic_and_a_table_made_by_other_code(dtype, rel):
+    rows = [(N, log_p, *exact_loss_and_factor(log_p, N)) for N in (1, 2, 8, 64, 1000, 1_000_000)
+            for log_p in torch.tensor(LOG_PS).tolist()]  # rounded to float32
     table = ROOT.parent / "shared" / "reference" / "dco_loss.csv"  # where it is at hand
-    rows = exact_rows() + (np.loadtxt(table, delimiter=",", skiprows=1).tolist() if table.exists() else [])
+    rows += np.loadtxt(table, delimiter=",", skiprows=1).tolist() if table.exists() else []
     N, log_p, *exact = torch.tensor(rows, dtype=torch.float64).T
     for function, want in zip((dco_loss, overconfidence_factor), exact):
         got = function(log_p.to(dtype), N)
@@ -842,7 +839,6 @@ def test_runs_side_by_side_are_those_one_by_one_and_a_closed_pipe_ends_quietly(t
     program.stdout.close()
     errors = program.stderr.read()
     assert program.wait(timeout=120) == 0 and is_drawn(tmp_path / "multiply.png") and "Broken" not in errors, errors
-    assert len([*tmp_path.glob("multiply-ce-*.json")]) == 1
     run, _ = train(TASKS["multiply"](), "limited", n_layer=1, n_embd=16, evaluations=1, epochs=1)
     assert without_times(json.loads((tmp_path / f"{run['file']}.json").read_text())) == without_times(run)
 
@@ -943,6 +939,21 @@ def test_the_readmes_links_resolve():
         assert target.is_file() and anchor in anchors and len(links) > 5, (path, link)
 
 
+def readme_lines(containing):
+    block, = (block for block in TEXTS[ROOT / "README.md"].split("```python\n") if containing in block)
+    return block.split("```")[0]
+
+
+def test_the_readmes_losses_and_advantages():
+    log_p = torch.tensor([-1.0, -3.0])
+    exec(readme_lines("cross-entropy: be"), names := {"torch": torch, "p": log_p.exp(), "log_p": log_p, "N": 64})
+    assert_close(names["loss"], dco_loss(log_p, 64).mean())
+    exec(readme_lines("def advantages"), names := {})
+    for dtype in (torch.bool, torch.int64, torch.float32):
+        rewards = torch.tensor([[1, 0, 0, 1], [0, 0, 0, 0]], dtype=dtype)
+        assert_close(names["advantages"](rewards, 2), rewards.float() / 3)
+
+
 @parametrize("package, trainer, arguments", [
     ("transformers", "Trainer", "TrainingArguments"), ("trl", "SFTTrainer", "SFTConfig")])
 def test_the_readmes_trainer_takes_the_steps_of_a_loop_by_hand(package, trainer, arguments, tmp_path, monkeypatch):
@@ -950,8 +961,7 @@ def test_the_readmes_trainer_takes_the_steps_of_a_loop_by_hand(package, trainer,
     batches of 8, and a short one of one batch. In evaluation the loss is the mean over all examples."""
     transformers, accelerate, datasets, package = map(
         pytest.importorskip, ("transformers", "accelerate", "datasets", package))
-    blocks = re.findall(r"```python\n(.*?)```", TEXTS[ROOT / "README.md"], re.S)
-    lines, = (block for block in blocks if "compute_loss" in block)
+    lines = readme_lines("compute_loss")
     torch.manual_seed(0)
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(
         vocab_size=97, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2))
@@ -964,9 +974,8 @@ def test_the_readmes_trainer_takes_the_steps_of_a_loop_by_hand(package, trainer,
         per_device_train_batch_size=8, gradient_accumulation_steps=2, train_sampling_strategy="sequential")
     if trainer == "SFTTrainer":  # it wants a tokenizer, here of characters, and must not load one from the hub
         tokenizers = pytest.importorskip("tokenizers")
-        words = tokenizers.models.WordLevel({chr(33 + i): i for i in range(97)}, unk_token="!")
-        tokenizer = transformers.PreTrainedTokenizerFast(
-            tokenizer_object=tokenizers.Tokenizer(words), eos_token="!", pad_token="!")
+        words = tokenizers.Tokenizer(tokenizers.models.WordLevel({chr(33 + i): i for i in range(97)}, unk_token="!"))
+        tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=words, eos_token="!", pad_token="!")
         with_tokenizer = functools.partialmethod(package.SFTTrainer.__init__, processing_class=tokenizer)
         monkeypatch.setattr(package.SFTTrainer, "__init__", with_tokenizer)
         lines = lines.replace("from transformers import Trainer", "from trl import SFTTrainer as Trainer")

@@ -250,28 +250,32 @@ def solution_15(args):
     count = torch.where(index >= 0, counts[index], 0).round()  # how often each test answer is one in training
     groups = {"all": count >= 0, "0 to 5": count <= 5, "6 to 30": (count > 5) & (count <= 30), "from 31": count > 30}
     groups = {name: group for name, group in groups.items() if group.any()}
-    ends, bests = {}, {}
-    for path in sorted(Path(args.out).glob("math*-N*.json")):
+    ends, bests, rivals = {}, {}, {}  # rivals: by data set, since each model has its own
+    for path in sorted(Path(args.out).glob("math*-N*.json")):  # cross-entropy comes first
         run = json.loads(path.read_text(encoding="utf-8"))
+        if len(run["problems"]["p"]) != len(count):
+            fail(f"{path} has other problems than {args.math_dir}")
         for rows, problems in ((ends, run["problems"]), (bests, run["problems"]["best"])):
-            rows.setdefault(f"{run['task']}, {run['label']}", []).append(pass_at_n(problems["p"], 64))
-    if "cross-entropy" not in next(iter(ends), ""):
-        fail(f"{args.out} has no runs of cross-entropy on MATH; first run python passn.py --task math --math-dir DIR --out {args.out}")
+            key = run["config"]["data"], f"{run['task']}, {run['label']}"
+            rows.setdefault(key, []).append(pass_at_n(problems["p"], 64))
+    if not ends:
+        fail(f"{args.out} has no runs on MATH; first run python passn.py --task math --math-dir DIR --out {args.out}")
 
     def means(label, pass_64):
         line(label, *(pass_64[group].mean() for group in groups.values()))
 
     line("answer's count in training", *groups)
     line("test problems", *(f"{group.sum()}" for group in groups.values()))
-    for label, runs in ends.items():
-        end, best = torch.stack(runs).mean(dim=0), torch.stack(bests[label]).mean(dim=0)  # over the seeds
+    for (data, label), runs in ends.items():
+        end, best = torch.stack(runs).mean(dim=0), torch.stack(bests[data, label]).mean(dim=0)  # over the seeds
         means(label, end)
         if "cross-entropy" in label:
-            rival = best
+            rivals.setdefault(data, best)
             means("cross-entropy's best epoch", best)
-        else:
-            means("minus cross-entropy's best", end - rival)
-            line("± standard error", *((end - rival)[group].std() / group.sum().sqrt() for group in groups.values()))
+        elif data in rivals:
+            difference = end - rivals[data]
+            means("minus cross-entropy's best", difference)
+            line("± standard error", *(difference[group].std() / group.sum().sqrt() for group in groups.values()))
 
 
 SOLUTIONS = {name[9:]: function for name, function in [*globals().items()] if name.startswith("solution_")}
