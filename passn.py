@@ -18,7 +18,7 @@ import signal
 import sys
 import time
 from collections import Counter, defaultdict
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -212,7 +212,7 @@ class Block(nn.Module):
 class GPT(nn.Module):
     def __init__(self, vocab_size, block_size, n_layer=2, n_head=4, n_embd=128):
         super().__init__()
-        self.n_layer, self.n_head, self.n_embd = n_layer, n_head, n_embd
+        self.n_head, self.n_embd = n_head, n_embd
         self.token_embedding = nn.Embedding(vocab_size, n_embd)
         self.position_embedding = nn.Embedding(block_size, n_embd)
         self.blocks = nn.ModuleList(Block(n_embd, n_head) for _ in range(n_layer))
@@ -231,7 +231,7 @@ class GPT(nn.Module):
         end = start + tokens.shape[1]
         x = self.token_embedding(tokens) + self.position_embedding.weight[start:end]
         for i, block in enumerate(self.blocks):
-            first = end - last if last and i == self.n_layer - 1 else start  # the first position still wanted
+            first = end - last if last and block is self.blocks[-1] else start  # the first position still wanted
             x = block(x, self.causal[first:end, :end], None if cache is None else cache[i])
         return self.head(self.ln(x))
 
@@ -244,13 +244,16 @@ def sample(model, prompts, num_new_tokens, temperature=1.0, generator=None):
     if len(prompts) > chunk:
         chunks = [sample(model, some, num_new_tokens, temperature, generator) for some in prompts.split(chunk)]
         return torch.cat(chunks)
-    B, T = prompts.shape
-    cache = torch.empty(model.n_layer, 2, B, model.n_head, T + num_new_tokens, model.n_embd // model.n_head,
-                        device=prompts.device)  # keys and values
-    tokens = texts = prompts
-    for _ in range(num_new_tokens):
-        start = texts.shape[1] - tokens.shape[1]  # so many are in the cache
-        logits = model(tokens, last=1, cache=cache, start=start)[:, 0]
+    T, device = prompts.shape[1], prompts.device
+    tokens, place = prompts.cpu().unique(dim=0, return_inverse=True)  # tries at one problem read it together
+    size = len(tokens), model.n_head, T + num_new_tokens, model.n_embd // model.n_head
+    cache = [(torch.empty(size, device=device), torch.empty(size, device=device)) for _ in model.blocks]
+    logits = model(tokens.to(device), last=1, cache=cache)[place, 0]
+    cache = [(keys[place], values[place].mT.contiguous().mT) for keys, values in cache]  # read fastest in this order
+    texts = prompts
+    for start in range(T, T + num_new_tokens):
+        if start > T:
+            logits = model(tokens, last=1, cache=cache, start=start - 1)[:, 0]
         if temperature == 0:
             tokens = logits.argmax(dim=-1, keepdim=True)
         else:
@@ -291,10 +294,6 @@ class Answers:
     def new_model(self):
         s = self.settings
         return GPT(len(self.task.vocab), self.task.length, s["n_layer"], s["n_head"], s["n_embd"])
-
-    def batches(self, generator):
-        """An epoch's batches of examples, given by their indices: all of them in a random order."""
-        return torch.randperm(self.size, generator=generator).split(self.settings["batch_size"])
 
     def new_epoch(self, model, epoch, N):
         """What must be done before an epoch, and before its measurement."""
@@ -423,9 +422,8 @@ class Searches(Answers):
 
     What is compared is the reward loss, which reinforcement learning with a verifier estimates; here it has no variance.
     With `reinforce` it is estimated as there, from so many sampled attempts at each theorem of the batch."""
-    plans = {"both": [{"loss": "reward", "N": 1}, {"loss": "reward"}],
-             "all": [{"loss": "reward", "N": 1}, {"loss": "reward"}, {"loss": "limited"}],
-             "frontier": [{"loss": "reward", "N": N} for N in COLUMNS]}
+    plans = Answers.plans | {"both": [{"loss": "reward", "N": 1}, {"loss": "reward"}],
+                             "frontier": [{"loss": "reward", "N": N} for N in COLUMNS]}
 
     def __init__(self, task, settings, seed, device):
         super().__init__(task, settings, seed, device)
@@ -563,7 +561,7 @@ def train(task, loss="limited", N=None, seed=0, device="cpu", out=None, place=0,
                 bar.set_postfix_str(f"loss {record['loss']:.2f}, {updates} updates")
             if epoch == epochs:
                 return run, model
-            for i, candidates in enumerate(kind.batches(order)):
+            for i, candidates in enumerate(torch.randperm(kind.size, generator=order).split(batch_size)):
                 for group in optimizer.param_groups:
                     group["lr"] = settings["learning_rate"] * schedule((epoch + i / num_batches) / epochs)
                 waiting = torch.cat([waiting, still_pulling(kind, model, candidates, loss, train_N)])
@@ -795,13 +793,10 @@ def stack(row, name):
     return np.stack([run[name] for run in row])
 
 
-def at_best(row, num_temperatures=1):
-    """pass@N for all N (seeds, N), in the epoch and at the temperature where the last of them is best. These are chosen on
-    the test set itself, which flatters them."""
-    pass_at = stack(row, "pass_at")[:, :, :num_temperatures]
-    choices = pass_at.reshape(len(row), -1, pass_at.shape[-1])
-    best = np.nan_to_num(choices[..., -1]).argmax(axis=1)
-    return choices[np.arange(len(row)), best]
+def best(pass_at):
+    """pass@N of each seed in its best epoch and at the best of the given temperatures, from (seeds, epochs, temperatures, N)
+    for the last N. These are chosen on the test set itself, which flatters them."""
+    return np.fmax.reduce(pass_at[..., -1], axis=(1, 2))
 
 
 def mean_and_error(values):
@@ -816,11 +811,11 @@ def print_table(rows, N):
     shown, lines = sorted({1, 8, N}), []
     at = [(*EVAL_NS, N).index(n) for n in shown]
     for row in rows:
-        ends = stack(row, "pass_at")[:, -1, 0, at], stack(row, "confidence")[:, -1]
-        bests = at_best(row)[:, -1], at_best(row, None)[:, -1]
-        lines.append((row[0]["label"], np.column_stack([*ends, *bests])))
-    most = max(rows, key=len)
-    lines += [(name, stack(most, "baselines")[:, i, at]) for i, name in enumerate(most[0]["rivals"])]
+        pass_at, confidence = stack(row, "pass_at"), stack(row, "confidence")[:, -1]
+        values = pass_at[:, -1, 0, at], confidence, best(pass_at[:, :, :1]), best(pass_at)
+        lines.append((row[0]["label"], np.column_stack(values)))
+    baselines = stack(rows[0], "baselines")
+    lines += [(name, baselines[:, i, at]) for i, name in enumerate(rows[0][0]["rivals"])]
     width = max(len(label) for label, _ in lines)
     headers = [*(f"pass@{n}" for n in shown), "confidence", f"best@{N}", "& best T"]
     print(" " * width + " seeds" + "".join(f"{header:>11}" for header in headers))
@@ -843,37 +838,40 @@ def print_tries(rows):
 
 def draw(rows, N, path):
     """The main figure: what each loss does to pass@1, pass@N and confidence as training goes on, and pass@N at its end."""
-    import matplotlib.pyplot as plt
-    plt.rcParams.update(STYLE)
-    figure, ((pass_1, pass_N), (confidence, tries)) = plt.subplots(2, 2, figsize=(11, 8.5), layout="constrained")
+    figure = new_figure((11, 8.5))
+    (pass_1, pass_N), (confidence, tries) = figure.subplots(2, 2)
     for row, color in zip(rows, COLORS * len(rows)):
-        epochs, pass_at, label = evaluated_epochs(row[0]["config"]), stack(row, "pass_at"), row[0]["label"]
-        plot_runs(pass_1, epochs, pass_at[:, :, 0, 0], color)
+        epochs, pass_at = evaluated_epochs(row[0]["config"]), stack(row, "pass_at")
+        plot_runs(pass_1, epochs, pass_at[:, :, 0, 0], color, label=row[0]["label"])
         plot_runs(pass_N, epochs, pass_at[:, :, 0, -1], color)
         plot_runs(confidence, epochs, stack(row, "confidence"), color)
         plot_runs(confidence, epochs, stack(row, "train p"), color, linestyle="--")
-        plot_runs(tries, EVAL_NS, pass_at[:, -1, 0, :-1], color, label=label)
-        if row is rows[0]:
-            pass_N.axhline(at_best(row)[:, -1].mean(), color=color, linestyle=":")
-            plot_runs(tries, EVAL_NS, at_best(row)[:, :-1], color, linestyle="--", label="… in its best epoch")
-            plot_runs(tries, EVAL_NS, at_best(row, None)[:, :-1], color, linestyle=":", label="… and at its best T")
-    most = max(rows, key=len)
-    for i, name in enumerate(most[0]["rivals"]):
-        values = stack(most, "baselines")[:, i, :-1].mean(axis=0)
-        tries.plot(EVAL_NS, values, color="grey", linestyle=(":", "--", "-.")[i], label=name)
+        plot_runs(tries, EVAL_NS, pass_at[:, -1, 0, :-1], color)
+    pass_at, label = stack(rows[0], "pass_at"), rows[0][0]["label"]
+    pass_N.axhline(best(pass_at[:, :, :1]).mean(), color=COLORS[0], linestyle="--", label=f"{label}: best epoch")
+    pass_N.axhline(best(pass_at).mean(), color=COLORS[0], linestyle=":", label=f"{label}: best epoch and temperature")
+    baselines = stack(rows[0], "baselines").mean(axis=0)
+    for name, values, linestyle in zip(rows[0][0]["rivals"], baselines, (":", "--", "-.")):
+        tries.plot(EVAL_NS, values[:-1], color="grey", linestyle=linestyle, label=name)
     confidence.axhline(1 / N, color="grey", linewidth=1)
     confidence.text(epochs[-1], 0.9 / N, f"1/N = 1/{N}", color="grey", ha="right", va="top")
     share = "share of test problems"
     pass_1.set(title="pass@1", ylim=(0, None), xlabel="epoch", ylabel=share)
-    pass_N.set(title=f"pass@{N} (dotted: {rows[0][0]['label']}'s best)", ylim=(0, 1), xlabel="epoch", ylabel=share)
+    pass_N.set(title=f"pass@{N}", ylim=(0, 1), xlabel="epoch", ylabel=share)
     confidence.set(title="confidence in the test, and p in training (dashed)", yscale="log", ylim=(1e-3, 1.2),
                    xlabel="epoch", ylabel="probability")
     tries.set(title="pass@N at the end, against N", xscale="log", xticks=COLUMNS, xticklabels=COLUMNS, ylim=(0, 1),
               xlabel="tries N", ylabel=share)
     tries.minorticks_off()
-    figure.legend(*tries.get_legend_handles_labels(), loc="outside upper center", ncols=3)
-    figure.supxlabel(f"lines: mean over up to {len(most)} seeds; bands: ± one standard error", fontsize="medium")
+    figure.legend(loc="outside upper center", ncols=3)
+    figure.supxlabel("lines: mean over the seeds; bands: ± one standard error", fontsize="medium")
     save_and_show(figure, path)
+
+
+def new_figure(size):
+    import matplotlib.figure  # here, since it takes a while
+    matplotlib.rcParams.update(STYLE)
+    return matplotlib.figure.Figure(figsize=size, layout="constrained")
 
 
 def plot_runs(axis, xs, values, color, **style):
@@ -885,9 +883,8 @@ def plot_runs(axis, xs, values, color, **style):
 
 def draw_theory(N, path):
     """The theory in three panels, in the order of the argument."""
-    import matplotlib.pyplot as plt
-    plt.rcParams.update(STYLE)
-    figure, (factor, policies, confidence) = plt.subplots(1, 3, figsize=(15, 4.6), layout="constrained")
+    figure = new_figure((15, 4.6))
+    factor, policies, confidence = figure.subplots(1, 3)
     p, a, K = np.logspace(-5, -0.001, 400), 0.1, 500
     c = np.geomspace(1 / K, 1 - 1e-9, 1000)
     for n, color in zip(COLUMNS, COLORS):
@@ -917,9 +914,7 @@ def draw_theory(N, path):
 
 def save_and_show(figure, path):
     """Save a figure and say where it is; in a notebook, show it."""
-    import matplotlib.pyplot as plt
     figure.savefig(path)
-    plt.close(figure)
     print(f"Figure: {path}")
     if "ipykernel" in sys.modules:
         from IPython.display import Image, display
@@ -986,28 +981,24 @@ def jobs(args):
 
 
 def run_job(job):
-    """One run, on one thread. Returns it, or a sentence where its training diverged."""
+    """One run, on one thread. Returns it, or None where its training diverged."""
     torch.set_num_threads(1)  # more gain little for models this small, and fight with whatever else is running
     try:
-        return train(**job)[0]
+        run, _ = train(**job)
     except FloatingPointError as error:
-        return f"{job['loss']} N={job['N']}, seed {job['seed']} {error}"
+        print(f"{job['loss']} N={job['N']}, seed {job['seed']} {error}", file=sys.stderr)
+        return None
+    print(f"{run['history'][-1]['seconds']:.0f} s, saved in {Path(job['out'], run['file'])}.json", file=sys.stderr)
+    return run
 
 
 def run_side_by_side(args):
-    """The runs, as they end: on a CPU as many at a time as it has cores, each in a process of its own."""
+    """The runs: on a CPU as many at a time as it has cores, each in a process of its own."""
     if args.device != "cpu" or os.cpu_count() == 1 or (args.loss in LOSSES and args.seeds == 1):
-        yield from map(run_job, jobs(args))
-        return
+        return [*map(run_job, jobs(args))]
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(os.cpu_count(), context, signal.signal, (signal.SIGINT, signal.SIG_DFL)) as pool:
-        try:
-            for future in as_completed([pool.submit(run_job, job) for job in jobs(args)]):
-                yield future.result()
-        except BaseException:  # Ctrl-C, or a run that failed, ends all
-            for process in multiprocessing.active_children():
-                process.terminate()
-            raise
+        return [*pool.map(run_job, jobs(args))]
 
 
 def report(args, run):
@@ -1023,22 +1014,16 @@ def main(argv=None):
     """Train and report, or draw the theory. Returns the exit status."""
     for stream in (sys.stdout, sys.stderr):  # some consoles cannot print →
         getattr(stream, "reconfigure", lambda **_: None)(errors="replace")
-    args, run, status = parse_arguments(argv), None, 0
+    args = parse_arguments(argv)
     try:
         Path(args.out).mkdir(parents=True, exist_ok=True)
         if args.theory:
             draw_theory(args.settings["N"], Path(args.out) / "theory.png")
             return 0
-        for result in run_side_by_side(args):
-            if isinstance(result, str):
-                print(result, file=sys.stderr)
-                status = 2
-            else:
-                run = result
-                print(f"{run['history'][-1]['seconds']:.0f} s, saved in {Path(args.out, run['file'])}.json", file=sys.stderr)
-        if run:
-            report(args, run)
-        return status
+        runs = run_side_by_side(args)
+        if any(runs):
+            report(args, next(filter(None, runs)))
+        return 0 if all(runs) else 2
     except KeyboardInterrupt:
         print(f"\nInterrupted. In {args.out} are the finished runs, *.json, and what was measured of others, *.partial.",
               file=sys.stderr)
@@ -1054,7 +1039,7 @@ def main(argv=None):
 
 if __name__ == "__main__":
     status = main()
-    if status == 130 and os.name == "posix":  # end as Ctrl-C does, so that a shell's loop ends too
+    if status == 130:  # end as Ctrl-C does, so that a shell's loop ends too
         signal.signal(signal.SIGINT, signal.SIG_DFL)
-        os.kill(os.getpid(), signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
     sys.exit(status)

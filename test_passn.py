@@ -762,8 +762,8 @@ def test_main_trains_saves_and_reports_every_saved_run(tiny, capsys):
 def test_errors_over_seeds_and_the_best_epoch_are_those_by_hand():
     mean, error = passn.mean_and_error([[1, 2], [3, 8]])
     assert mean.tolist() == [2, 5] and error.tolist() == approx([1, 3]) and passn.mean_and_error([[7]])[1] == 0
-    row = [{"pass_at": np.array([[[0.1, 0.5], [0.2, 0.6]], [[0.3, 0.4], [0.1, 0.9]]])}]  # (epochs, temperatures, N)
-    assert passn.at_best(row).tolist() == [[0.1, 0.5]] and passn.at_best(row, None).tolist() == [[0.1, 0.9]]
+    pass_at = np.array([[[[0.1, 0.5], [0.2, 0.6]], [[0.3, 0.4], [0.1, nan]]]])  # (seeds, epochs, temperatures, N)
+    assert passn.best(pass_at[:, :, :1]).tolist() == [0.5] and passn.best(pass_at).tolist() == [0.6]
 
 
 def test_the_plans_of_runs(tiny, monkeypatch):
