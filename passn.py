@@ -283,11 +283,11 @@ class Answers:
     plans = {"both": [{"loss": "ce"}, {"loss": "limited"}],  # what --loss both, --loss all and --frontier train
              "all": [{"loss": loss} for loss in LOSSES],
              "frontier": [{"loss": "ce"}, *({"loss": "limited", "N": N} for N in COLUMNS[1:])]}
+    num_measured = 500  # of the training examples
 
     def __init__(self, task, settings, seed, device):
         self.task, self.settings, self.device = task, settings, device
-        self.size = len(task.train[0])  # the number of training examples
-        self.train_subset = torch.arange(self.size)[:500]  # those that are measured
+        self.train_subset = torch.arange(task.size)[:self.num_measured]
         self.generator = torch.Generator(device).manual_seed(seed)
         self.eval_Ns = sorted({*EVAL_NS, settings["N"], settings["tries"]})
 
@@ -373,12 +373,12 @@ class Traces(Answers):
 
     Training knows p(the given trace) exactly, from the pass that it makes anyway. To it the share of sampled traces is
     added that are right and differ from it: `num_traces` for each training problem, anew every `resample_every` epochs."""
+    num_measured = 100
     num_samples = {1.0: 128, 1.3: 64}  # of each test problem, at each temperature
 
     def __init__(self, task, settings, seed, device):
         super().__init__(task, settings, seed, device)
-        self.train_subset = self.train_subset[:100]
-        self.other_share = torch.zeros(self.size, device=device)
+        self.other_share = torch.zeros(task.size, device=device)
 
     def new_epoch(self, model, epoch, N):
         if N > 1 and epoch % self.settings["resample_every"] == 0:
@@ -427,8 +427,7 @@ class Searches(Answers):
 
     def __init__(self, task, settings, seed, device):
         super().__init__(task, settings, seed, device)
-        self.size = self.num_theorems = len(task.train.theorems)
-        self.train_subset = torch.arange(self.size)
+        self.all_theorems = torch.arange(len(task.train.theorems))
         self.generator = torch.Generator().manual_seed(seed)  # attempts are walked through on the CPU
 
     def log_p(self, model, batch):
@@ -448,8 +447,7 @@ class Searches(Answers):
         return -(weights[:, None] * is_proved * log_pi).sum(dim=1).mean()
 
     def measure(self, model, split, temperatures):
-        first = torch.arange(self.num_theorems)[:100]
-        table = self.task.test if split == "test" else part_of(self.task.train, first)
+        table = self.task.test if split == "test" else part_of(self.task.train, self.all_theorems[:100])
         logits, result = tactic_logits(model, table), {}
         for T in temperatures:
             policy = (logits / T).softmax(dim=1)
@@ -472,17 +470,13 @@ class Steps(Searches):
     With `per_step`, the paper's step-wise loss: p is the step's own, and N is far below the number of attempts."""
     plans = Answers.plans | {
         "frontier": Answers.plans["frontier"] + [{"loss": "limited", "N": N, "per_step": True} for N in (2, 4, 8)]}
-
-    def __init__(self, task, settings, seed, device):
-        super().__init__(task, settings, seed, device)
-        self.size = len(task.steps)
-        self.train_subset = torch.arange(self.size)
-        self.theorem_log_p = None
+    num_measured = 1_000_000
+    theorem_log_p = None
 
     def new_epoch(self, model, epoch, N):
         if N > 1 and not self.settings["per_step"]:
             with torch.no_grad():
-                self.theorem_log_p = super().log_p(model, torch.arange(self.num_theorems))
+                self.theorem_log_p = super().log_p(model, self.all_theorems)
 
     def log_p(self, model, batch):
         theorem, row, tactic = self.task.steps[batch].unbind(dim=1)
@@ -545,7 +539,7 @@ def train(task, loss="limited", N=None, seed=0, device="cpu", out=None, place=0,
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.99), eps=settings["eps"],
                                   weight_decay=settings["weight_decay"], fused=True)
     epochs, batch_size = settings["epochs"], settings["batch_size"]
-    num_batches = math.ceil(kind.size / batch_size)
+    num_batches = math.ceil(task.size / batch_size)
     run = new_run(kind, loss, train_N, seed)
     name = f"{run['label']}, seed {seed}"
     waiting, updates, start = torch.empty(0, dtype=torch.long), 0, time.perf_counter()
@@ -561,7 +555,7 @@ def train(task, loss="limited", N=None, seed=0, device="cpu", out=None, place=0,
                 bar.set_postfix_str(f"loss {record['loss']:.2f}, {updates} updates")
             if epoch == epochs:
                 return run, model
-            for i, candidates in enumerate(torch.randperm(kind.size, generator=order).split(batch_size)):
+            for i, candidates in enumerate(torch.randperm(task.size, generator=order).split(batch_size)):
                 for group in optimizer.param_groups:
                     group["lr"] = settings["learning_rate"] * schedule((epoch + i / num_batches) / epochs)
                 waiting = torch.cat([waiting, still_pulling(kind, model, candidates, loss, train_N)])
@@ -631,16 +625,18 @@ def means(p, confidence, num_samples, eval_Ns):
 
 def new_run(kind, loss, N, seed):
     """An empty run. Its label and the name of its file are made here, once."""
-    task, settings, usual = kind.task, kind.settings, SETTINGS[kind.task.name]
-    changes = [f"{key}={value}" for key, value in settings.items()  # texts are paths: `data` says what lies there
-               if value != usual.get(key) and key not in ("N", "tries") and not isinstance(value, str)]
-    label = ", ".join(["cross-entropy" if loss == "ce" else f"{loss} N={N}", *changes])
+    task, usual = kind.task, SETTINGS[kind.task.name]
+    config = {name: value for name, value in kind.settings.items()  # texts are paths: `data` says what lies there
+              if name not in ("N", "tries") and not isinstance(value, str)}
+    changes = [f"{name}={value}" for name, value in config.items() if value != usual.get(name)]
+    loss_name = "cross-entropy" if loss == "ce" else f"{loss} N={N}"
+    label = ", ".join([loss_name, *changes])
     data = [f"data={task.data}"] * bool(task.data)
     file = "-".join([task.name, loss, f"N{N}", *data, *changes, f"seed{seed}"])
-    config = settings | {"N": N, "device": kind.device, "data": task.data}
+    config |= {"N": N, "data": task.data}
     shapes = {name: values.tolist() for name, values in task.shapes.items()}
     rivals = {name: {f"pass@{n}": baseline(n) for n in kind.eval_Ns} for name, baseline in kind.baselines().items()}
-    return dict(task=task.name, loss=loss, N=N, seed=seed, label=label, file=file, config=config,
+    return dict(task=task.name, loss=loss, N=N, seed=seed, label=label, file=file, config=config, device=kind.device,
                 history=[], problems=shapes, rivals=rivals)
 
 
@@ -765,9 +761,8 @@ def load_runs(out, task_name, data, N):
             run = json.loads(path.read_text(encoding="utf-8"))
             if (run["task"], run["config"]["data"]) == (task_name, data):
                 run |= arrays_of(run, N)
-                settings = [item for item in run["config"].items() if item[0] != "tries" and not isinstance(item[1], str)]
-                key = run["loss"] != "ce", run["loss"], run["N"], run["label"], repr(settings), run["pass_at"].shape
-                rows[key].append(run)
+                place = run["loss"] != "ce", run["loss"], run["N"], run["label"]  # cross-entropy first
+                rows[*place, repr(run["config"]), run["pass_at"].shape].append(run)
         except Exception as error:  # whatever it is, the other runs must not suffer
             print(f"left out {path}, which is no run of this version ({error!r}); remove it", file=sys.stderr)
     return [rows[key] for key in sorted(rows)]

@@ -261,7 +261,7 @@ def test_exact_p_and_pass_at_n_agree_with_sampling(temperature):
 
 
 def measured_by(kind, model, prompts, answers, temperature):
-    task = toy_tasks.Task("", "", [], 0, (prompts, answers), (prompts, answers), answer_length=1)
+    task = toy_tasks.Task("", "", 0, [], 0, (prompts, answers), (prompts, answers), answer_length=1)
     return kind(task, {"N": 8, "tries": 8}, 0, "cpu").measure(model, "test", [temperature])[temperature]
 
 

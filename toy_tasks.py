@@ -1,9 +1,8 @@
 """The tasks: problems with one right answer each, as tokens.
 
 A task is what passn.py sees of the world: a vocabulary, and for training and for testing a matrix of prompts (padded in
-front, so that every answer starts in the same column) and one of answers (padded at the end), or a table of proofs. Each
-builder below makes one; `TASKS` at the end lists them by name. `kind` says how a task's answers are trained and measured:
-see section 4 of passn.py.
+front, so that every answer starts in the same column) and one of answers (padded at the end), or a table of proofs.
+`TASKS`, at the end, lists them. How a task's answers are trained and measured is in section 4 of passn.py.
 """
 
 import hashlib
@@ -26,6 +25,7 @@ PAD, END = 0, 1  # the first two tokens of every vocabulary: padding, and "the a
 class Task(NamedTuple):
     name: str
     kind: str  # of its answers: a name in passn.py's KINDS
+    size: int  # the number of training examples
     vocab: list  # vocab[token] is the token's text
     length: int  # tokens of a prompt and its answer together
     train: tuple  # prompts (P, prompt length) and answers (P, answer length), int64; of theorems a `ProofTable`
@@ -74,7 +74,7 @@ def multiply(seed=0, num_train=2000, num_test=1000):
     pairs, _ = factors(seed, num_train + num_test)
     prompts = encode([f"{a}*{b}=" for a, b in pairs.tolist()], vocab)
     answers = encode([f"{a * b:04d}" for a, b in pairs.tolist()], vocab)
-    return Task("multiply", "answers", vocab, 6 + 4, (prompts[:num_train], answers[:num_train]),
+    return Task("multiply", "answers", num_train, vocab, 6 + 4, (prompts[:num_train], answers[:num_train]),
                 (prompts[num_train:], answers[num_train:]))
 
 
@@ -103,7 +103,7 @@ def cot(seed=0, num_train=500, num_test=300):
         first, second = partial[::-1] if swap else partial
         traces.append(f"{first:04d}+{second:04d}={a * b:04d}")
     prompts, answers = encode([f"{a}*{b}:" for a, b in pairs.tolist()], vocab), encode(traces, vocab)
-    return Task("cot", "traces", vocab, 6 + 14, (prompts[:num_train], answers[:num_train]),
+    return Task("cot", "traces", num_train, vocab, 6 + 14, (prompts[:num_train], answers[:num_train]),
                 (prompts[num_train:], answers[num_train:]), answer_length=4)
 
 
@@ -293,14 +293,14 @@ def prove(seed=0, num_train=300, num_test=300):
     row = {state: i for i, state in enumerate(task.train.states)}
     steps = [(theorem, row[state], FIRST_TACTIC + tactic) for theorem, start in enumerate(task.train.theorems.tolist())
              for state, tactic in dict.fromkeys(shortest_proof(task.train.states[start]))]
-    return task._replace(name="prove", kind="steps", steps=torch.tensor(steps))
+    return task._replace(name="prove", kind="steps", size=len(steps), steps=torch.tensor(steps))
 
 
 def search(seed=0, num_train=300, num_test=300):
     """The theorems of `prove`, without proofs: an example is a theorem, with all states that attempts at it can reach."""
     train, test = map(proof_table, draw_theorems(seed, num_train, num_test))
     shapes = {"length": test.length, "branching": test.branching, "blind": test.blind}
-    return Task("search", "searches", PROVE_VOCAB, MAX_PROMPT + 1, train, test, shapes=shapes)
+    return Task("search", "searches", num_train, PROVE_VOCAB, MAX_PROMPT + 1, train, test, shapes=shapes)
 
 
 def draw_theorems(seed, num_train, num_test):
@@ -378,7 +378,7 @@ def math_questions(seed=0, math_dir=""):
         answers = [[*answer, "<end>"] + ["<pad>"] * (4 - len(answer)) for _, answer in problems[split]]
         return encode(questions, vocab), encode(answers, vocab)
 
-    return Task("math", "answers", vocab, MAX_QUESTION + 5, as_tokens("train"), as_tokens("test"),
+    return Task("math", "answers", len(problems["train"]), vocab, MAX_QUESTION + 5, as_tokens("train"), as_tokens("test"),
                 **answers_to_guess(problems), data=digest(problems))
 
 

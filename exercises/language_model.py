@@ -32,7 +32,7 @@ class LanguageModel(passn.Answers):
         super().__init__(task, settings, seed, device)
         self.original, self.tokenizer = load(settings["model"])
         self.original.to(device)
-        self.train_subset = torch.arange(self.size)[::self.size // 200 + 1]
+        self.train_subset = torch.arange(self.task.size)[::self.task.size // 200 + 1]
         self.prompts, self.answers = map(torch.cat, zip(task.train, task.test))
         self.A = self.answers.shape[1]
         texts = torch.cat([self.prompts, self.answers[:, :-1].clamp(min=0)], dim=1)
@@ -67,7 +67,7 @@ class LanguageModel(passn.Answers):
 
     def measure(self, model, split, temperatures):
         """As in `Answers`, but with the confidence of every fifth problem only, since it takes longer."""
-        problems = self.train_subset if split == "train" else torch.arange(self.size, len(self.texts))
+        problems = self.train_subset if split == "train" else torch.arange(self.task.size, len(self.texts))
 
         def p_of(answers_to, problems):  # (number of temperatures, P)
             parts = []
@@ -101,7 +101,7 @@ class LanguageModel(passn.Answers):
         return torch.cat(logits, dim=1), mask_after_end(tokens[:, 1:], self.tokenizer.eos_token_id, NO_TOKEN)
 
     def show_tries(self, model, num_tries):
-        first = range(self.size, len(self.texts))[:3]
+        first = range(self.task.size, len(self.texts))[:3]
         tries = [self.own_answers(model, [i] * num_tries, temperature=1.0)[1] for i in first]
         return self.task.as_text(torch.stack(tries))
 
@@ -165,7 +165,7 @@ def math_lm(seed=0, math_dir="", model=""):
         [layer.self_attn.layer_idx for layer in original.model.layers]  # an error where it is not built like Llama
         weights = [weight.view(torch.int32).sum().item() for weight in original.parameters()]
         data = f"{Path(model).resolve().name}-{digest([problems, weights, str(original.config)])}"
-        return Task("math-lm", "language model", vocab, 0, train, test, **answers_to_guess(problems), data=data)
+        return Task("math-lm", "language model", sizes[0], vocab, 0, train, test, **answers_to_guess(problems), data=data)
     except Exception as error:  # no package, no such name, no network, another architecture: errors of many kinds
         reason = str(error).strip().split("\n")[0]
         needs = "pip install transformers accelerate gguf; a model like Llama, by its hub name, folder or .gguf file"

@@ -265,7 +265,7 @@ def test_main_trains_saves_and_shows(llama, math_dir, tmp_path, capsys):
     assert (out / "math-lm.png").is_file() and len([*out.glob("math-lm-*.json")]) == 2
     assert "cross-entropy" in said and "guess optimally" in said and "Unheard of: 2+3? Answer: 5\n" in said
     run = json.loads(next(out.glob("math-lm-limited-N64-*.json")).read_text())
-    assert run["config"]["model"] == llama and run["rivals"] and len(run["problems"]["p"]) == 3
+    assert Path(llama).name in run["config"]["data"] and run["rivals"] and len(run["problems"]["p"]) == 3
     assert len(run["problems"]["confidence"]) == 1 and [len(tries) for _, _, tries in run["example"]] == [64] * 3
     assert all(right == tries.count(problem.split("Answer:")[1]) for problem, right, tries in run["example"])
     assert all(len({*tries}) > 1 for _, _, tries in run["example"])
@@ -295,9 +295,9 @@ def test_without_a_model_one_line_tells_the_usage(arguments, monkeypatch, capsys
     assert stop.value.code == 2 and "MODEL --math-dir DIR" in said.err and said.err.count("\n") == 1
 
 
-def test_worker_processes_know_the_new_kind(llama, math_dir, monkeypatch):
+def test_worker_processes_know_the_new_kind(llama, math_dir, tmp_path, monkeypatch):
     """What they do: import the program under another name, and unpickle a job."""
-    job = passn.SETTINGS["math-lm"] | {"model": llama, "epochs": 0, "loss": "ce", "task": math_lm(0, math_dir, llama)}
+    job = {"task": math_lm(0, math_dir, llama), "loss": "ce", "model": llama, "epochs": 0, "out": tmp_path}
     for registry, name, _ in ENTRIES:
         monkeypatch.delitem(registry, name)
     runpy.run_path(language_model.__file__, run_name="__mp_main__")
