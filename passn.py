@@ -24,8 +24,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import nn
+from torch.nn.functional import cross_entropy, one_hot
 from tqdm import tqdm
 
 from toy_tasks import PAD, TASKS, mask_after_end, part_of, proof_p, sample_attempts, show_attempts
@@ -45,7 +45,7 @@ def pass_at_n(p, N):
     p, N = torch.as_tensor(p, dtype=torch.float64), check_tries(N)
     if ((p < -1e-6) | (p > 1 + 1e-6)).any():
         raise ValueError("p is a probability, from 0 to 1")
-    below_1 = torch.where(p < 1, p, 0.0)  # a stand-in keeps the branch that is not chosen finite, and so its gradient
+    below_1 = torch.where(p < 1, p, 0.0)  # torch.where differentiates what it does not choose, too: keep it finite
     return torch.where(p < 1, -torch.expm1(N * torch.log1p(-below_1)), 1.0)
 
 
@@ -71,7 +71,7 @@ def estimate_pass_at_n(num_samples, num_correct, N):
         raise ValueError(f"num_correct counts right samples: a whole number, 0 to {num_samples}")
     j = torch.arange(num_samples, dtype=torch.float64)
     factors = (1 - N / (num_samples - j)).clamp(min=0)
-    all_fail = torch.cat([torch.ones(1, dtype=torch.float64), factors.cumprod(dim=0)])  # by c: C(n - c, N) / C(n, N)
+    all_fail = torch.cat([torch.ones(1, dtype=torch.float64), factors.cumprod(dim=0)])  # indexed by c: C(n - c, N) / C(n, N)
     return 1 - all_fail[num_correct.long()]
 
 
@@ -82,14 +82,11 @@ def estimate_pass_at_n(num_samples, num_correct, N):
 #
 #     d/dθ [-log(1 - (1 - p)^N)] = F(N, p) · d/dθ [-log p],      F(N, p) = N p (1 - p)^(N-1) / (1 - (1 - p)^N)
 #
-# by the chain rule, dp = p · d log p. Where p is small, (1 - p)^N is e^(-N p), and F depends on u = N p alone, the number
-# of right answers to expect among N: F ≈ u / (e^u - 1). While p is far below 1/N, F is 1, and the example pulls as it does
-# under cross-entropy. At p = 1/N, F is 0.58; at 5/N it is 0.03: an example that N tries solve stops pulling, and the model
-# grows no surer of it than N tries need. So the loss limits confidence. With N = 1, F is 1: that is cross-entropy.
-#
-# Beyond 1/N, F is small but not zero, and Adam, which divides a gradient by its own recent size, makes full-size steps out
-# of small gradients. So training passes over an example that N tries already solve (F < 0.1, p beyond about 4/N) and
-# fills the batch with others, as the paper's own code does: see section 5.
+# This is the chain rule, with dp = p · d log p. Where p is small, (1 - p)^N is e^(-N p), and F depends on u = N p alone, the
+# number of right answers to expect among N: F ≈ u / (e^u - 1). While p is far below 1/N, F is 1, and the example pulls as it
+# does under cross-entropy. Around 1/N the pull fades: F is 0.58 at p = 1/N, 0.1 near 4/N, 0.03 at 5/N. So an example that N
+# tries solve hardly pulls, and the model grows little surer of it: the loss limits confidence. With N = 1, F is 1 for every
+# p: that is cross-entropy.
 
 
 def dco_loss(log_p, N):
@@ -121,7 +118,7 @@ def check_log_p(log_p, N):
     if (log_p > 1e-3).any():
         raise ValueError("log_p is a log-probability, 0 or less: is its sign lost?")
     x = (log_p.cpu() if log_p.device.type == "mps" else log_p).double()  # Apple's GPUs have no float64
-    inside = torch.where(x > -1e-300, -1e-300, torch.where(x < -50, -50.0, x))  # a stand-in for p = 1 and p < e^-50
+    inside = torch.where(x > -1e-300, -1e-300, torch.where(x < -50, -50.0, x))  # x, but for p = 1 and p < e^-50
     return x, check_tries(N).to(x.device), log1mexp(inside)
 
 
@@ -141,7 +138,8 @@ def log1mexp(x):
 
 
 def reward_loss(log_p, N):
-    """-log of the batch's mean pass@N: the direction of what reinforcement learning for pass@N climbs, exactly.
+    """-log of the batch's mean pass@N. Reinforcement learning for pass@N climbs this mean, by estimates; here its gradient
+    is exact.
 
     log_p: (B,); N as in `dco_loss`. Returns a scalar, in log space throughout, so as precise and finite as `dco_loss`.
     Raises ValueError as `dco_loss` does, and for an empty batch, which has no mean."""
@@ -156,7 +154,7 @@ def pass_at_n_weights(num_samples, num_correct, N):
         ∇ pass@N ≈ Σ_right w ∇ log π(try),      w = N/n · C(n - c, N - 1) / C(n - 1, N - 1).
 
     w is N/n times the unbiased estimate of (1 - p)^(N-1), the chance that N - 1 other tries all fail: the idea of F once
-    more. A wrong try weighs 0, and no other baseline is needed. With N = 1, w = 1/n: plain REINFORCE.
+    more. A wrong try weighs 0, and no baseline need be subtracted. With N = 1, w = 1/n: plain REINFORCE.
     Arguments, shapes and errors as in `estimate_pass_at_n`. Source: Walder and Karkhanis 2025, arXiv 2505.15201."""
     num_correct = torch.as_tensor(num_correct).cpu()
     estimate_pass_at_n(num_samples, num_correct, N)  # for its errors
@@ -190,7 +188,7 @@ class Block(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(n_embd, 4 * n_embd), nn.GELU(), nn.Linear(4 * n_embd, n_embd))
 
     def forward(self, x, mask, cache=None):
-        """x (B, T, C) -> (B, Q, C): its last Q positions, looking at K positions where mask (Q, K) is 0, not -inf."""
+        """x (B, T, C) -> (B, Q, C), its last Q positions. Each looks at those of K where mask (Q, K) is 0, not -inf."""
         def heads(t):  # (B, ·, C) -> (B, heads, ·, C / heads)
             return t.view(B, -1, self.n_head, C // self.n_head).transpose(1, 2)
 
@@ -245,11 +243,11 @@ def sample(model, prompts, num_new_tokens, temperature=1.0, generator=None):
         chunks = [sample(model, some, num_new_tokens, temperature, generator) for some in prompts.split(chunk)]
         return torch.cat(chunks)
     T, device = prompts.shape[1], prompts.device
-    tokens, place = prompts.cpu().unique(dim=0, return_inverse=True)  # tries at one problem read it together
-    size = len(tokens), model.n_head, T + num_new_tokens, model.n_embd // model.n_head
-    cache = [(torch.empty(size, device=device), torch.empty(size, device=device)) for _ in model.blocks]
+    tokens, place = prompts.cpu().unique(dim=0, return_inverse=True)  # each distinct prompt is read once
+    size = 2, len(tokens), model.n_head, T + num_new_tokens, model.n_embd // model.n_head  # 2: keys and values
+    cache = [torch.empty(size, device=device) for _ in model.blocks]
     logits = model(tokens.to(device), last=1, cache=cache)[place, 0]
-    cache = [(keys[place], values[place].mT.contiguous().mT) for keys, values in cache]  # read fastest in this order
+    cache = [(keys[place], values[place].mT.contiguous().mT) for keys, values in cache]  # transposed, they are read faster
     texts = prompts
     for start in range(T, T + num_new_tokens):
         if start > T:
@@ -257,20 +255,21 @@ def sample(model, prompts, num_new_tokens, temperature=1.0, generator=None):
         if temperature == 0:
             tokens = logits.argmax(dim=-1, keepdim=True)
         else:
-            tokens = torch.multinomial(F.softmax(logits / temperature, dim=-1), 1, generator=generator)
+            tokens = torch.multinomial((logits / temperature).softmax(dim=-1), 1, generator=generator)
         texts = torch.cat([texts, tokens], dim=1)
     return texts[:, T:]
 
 # ==== 4. From a model to p ================================================================================
 #
 # Training needs log p of its examples, differentiable; measuring needs p of problems. How to get them depends on what an
-# answer is. So each kind of answers is a class with these two duties, `log_p` and `measure`; the rest of this file knows no
-# kind. To add one, write such a class and enter it in `KINDS`; to add a task, write a function and enter it in `TASKS`, and
-# its settings in `SETTINGS`. exercises/language_model.py does all three from outside.
+# answer is. So each kind of answers is a class with two duties, `log_p` and `measure`; everything else in it has a default.
+# The rest of this file knows no kind. To add one, write such a class and enter it in `KINDS`; to add a task, write a
+# function and enter it in `TASKS`, and its settings in `SETTINGS`. exercises/language_model.py does all three from outside.
 #
-# One rule holds for every kind. Training pulls on what it is shown, be it an answer, a trace or the step of a proof, and F
-# depends on the p of a whole try, by whatever trace or proof. In a proof, say, the gradient comes from one step, and F from
-# the p of the whole theorem. `with_value` joins the two: the loss sees the value, and backward follows the step.
+# One rule holds for every kind. Training pulls on what it is shown, be it an answer, a trace or the step of a proof. F
+# depends on p, the probability that a whole try ends right, by whatever trace or proof. In a proof, say, the gradient comes
+# from one step, and F from the p of the whole theorem. `with_value` joins the two: the loss sees the value, so it takes F
+# from there, and backward follows the step.
 
 EVAL_NS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)  # pass@N is measured for these N, and for the run's own
 COLUMNS = (1, 8, 64, 512)  # figures mark these, and --frontier trains with them
@@ -278,8 +277,8 @@ TEMPERATURES = (1.0, 0.7, 1.3, 1.6, 2.0, 2.5)
 
 
 class Answers:
-    """Short answers, right in one form: one pass over prompt and answer gives p(y|x) = Π_t p(y_t | x, y_<t), and pass@N
-    follows for every N without sampling. With the logits divided by T, so it does for sampling at temperature T."""
+    """Short answers, right in one form: one forward pass gives p(y|x) = Π_t p(y_t | x, y_<t), and pass@N follows for every N
+    without sampling; at temperature T, too, with the logits divided by T."""
     plans = {"both": [{"loss": "ce"}, {"loss": "limited"}],  # what --loss both, --loss all and --frontier train
              "all": [{"loss": loss} for loss in LOSSES],
              "frontier": [{"loss": "ce"}, *({"loss": "limited", "N": N} for N in COLUMNS[1:])]}
@@ -314,8 +313,8 @@ class Answers:
     def measure(self, model, split, temperatures):
         """{temperature: (p, confidence, number of samples)} of the problems of a split.
 
-        p and confidence: (P,) float64 on the CPU, the probability that a sample is right, and that it is the model's own
-        greedy answer. Both are exact, and the number of samples is None, or they are shares among that number."""
+        p is the probability that a sample is right, confidence that it is the model's own greedy answer, right or wrong:
+        (P,) float64 on the CPU. Where both are exact, the number of samples is None; else they are shares of it."""
         x, y = self.problems(split)
         greedy = mask_after_end(sample(model, x, y.shape[1], temperature=0))
         logits, greedy_logits = answer_logits(model, x, y), answer_logits(model, x, greedy)
@@ -351,7 +350,7 @@ def answer_logits(model, prompts, answers):
 def answer_log_p(logits, answers, temperature=1.0, ignore_index=PAD):
     """log p(y|x) = Σ_t log p(y_t | x, y_<t): (B,), from `answer_logits`. Padding after the answer is ignored."""
     logits = logits if temperature == 1 else logits / temperature
-    losses = F.cross_entropy(logits.flatten(0, 1), answers.flatten(), ignore_index=ignore_index, reduction="none")
+    losses = cross_entropy(logits.flatten(0, 1), answers.flatten(), ignore_index=ignore_index, reduction="none")
     return -losses.view(answers.shape).sum(dim=1)
 
 
@@ -371,8 +370,8 @@ class Traces(Answers):
     """Reasoning first, then the answer, the last `answer_length` tokens, which alone count. So p sums over all traces, too
     many to enumerate. In the test, n traces are sampled, c of them are right, and pass@N is estimated.
 
-    Training knows p(the given trace) exactly, from the pass that it makes anyway. To it the share of sampled traces is
-    added that are right and differ from it: `num_traces` for each training problem, anew every `resample_every` epochs."""
+    Training knows p(the given trace) exactly, from its own forward pass. It adds the share of sampled traces that are right
+    and differ from the given one: `num_traces` for each training problem, anew every `resample_every` epochs."""
     num_measured = 100
     num_samples = {1.0: 128, 1.3: 64}  # of each test problem, at each temperature
 
@@ -397,7 +396,7 @@ class Traces(Answers):
         greedy = sample(model, x, y.shape[1], temperature=0)
         generator = torch.Generator(x.device).manual_seed(0)  # the same random numbers for every model
         result = {}
-        for T in filter(self.num_samples.get, temperatures):
+        for T in [T for T in temperatures if T in self.num_samples]:
             traces = sample_traces(model, x, y, self.num_samples[T], T, generator)
             matches = self.same_answer(traces, y), self.same_answer(traces, greedy)
             p, confidence = (match.double().mean(dim=1).cpu() for match in matches)
@@ -420,8 +419,8 @@ class Searches(Answers):
     proves it, is exact and differentiable, by dynamic programming: N is attempts. The greedy attempt takes the likeliest
     tactic in every state. The confidence is the probability of all its choices, whether they prove the theorem or not.
 
-    What is compared is the reward loss, which reinforcement learning with a verifier estimates; here it has no variance.
-    With `reinforce` it is estimated as there, from so many sampled attempts at each theorem of the batch."""
+    This is reinforcement learning with a verifier. The usual reward, p, is the reward loss with N = 1; compared with it is a
+    larger N. Here the gradient is exact. With `reinforce` it is estimated, from that many attempts at each theorem."""
     plans = Answers.plans | {"both": [{"loss": "reward", "N": 1}, {"loss": "reward"}],
                              "frontier": [{"loss": "reward", "N": N} for N in COLUMNS]}
 
@@ -451,8 +450,8 @@ class Searches(Answers):
         logits, result = tactic_logits(model, table), {}
         for T in temperatures:
             policy = (logits / T).softmax(dim=1)
-            greedy = policy * F.one_hot(policy.argmax(dim=1), policy.shape[1])
-            result[T] = proof_p(policy, table), proof_p(greedy, table, failure=1.0), None  # 1: failed attempts count, too
+            greedy = policy * one_hot(policy.argmax(dim=1), policy.shape[1])
+            result[T] = proof_p(policy, table), proof_p(greedy, table, failure=1.0), None  # also where it fails
         return result
 
     def baselines(self):
@@ -464,10 +463,10 @@ class Searches(Answers):
 
 
 class Steps(Searches):
-    """Imitation of a known proof, step by step: an example is a state of it and the tactic used there. p of an attempt at
-    the theorem, by whatever proof, is exact for the training theorems too, renewed every epoch.
+    """Imitation of a known proof, step by step: an example is a state of it and the tactic used there. F takes the p of an
+    attempt at the whole theorem, by whatever proof: exact, and computed anew every epoch.
 
-    With `per_step`, the paper's step-wise loss: p is the step's own, and N is far below the number of attempts."""
+    With `per_step`, the paper's step-wise loss: p is the step's own, and N counts tries at one step."""
     plans = Answers.plans | {
         "frontier": Answers.plans["frontier"] + [{"loss": "limited", "N": N, "per_step": True} for N in (2, 4, 8)]}
     num_measured = 1_000_000
@@ -480,9 +479,9 @@ class Steps(Searches):
 
     def log_p(self, model, batch):
         theorem, row, tactic = self.task.steps[batch].unbind(dim=1)
-        if self.theorem_log_p is not None and not torch.is_grad_enabled():  # only the value is wanted
+        if self.theorem_log_p is not None and not torch.is_grad_enabled():  # `still_pulling` needs the value only
             return self.theorem_log_p[theorem]
-        step = -F.cross_entropy(tactic_logits(model, self.task.train, row), tactic, reduction="none")
+        step = -cross_entropy(tactic_logits(model, self.task.train, row), tactic, reduction="none")
         return step if self.theorem_log_p is None else with_value(step, self.theorem_log_p[theorem])
 
 
@@ -497,18 +496,23 @@ KINDS = {"answers": Answers, "traces": Traces, "searches": Searches, "steps": St
 
 # ==== 5. Training =========================================================================================
 #
-# One loop for every loss and kind. Each setting is a flag of the command line, as in --learning-rate 3e-3, and is the same
-# for every loss.
+# One loop for every loss and kind, and the same settings for every loss. Each is a flag, as in --learning-rate 3e-3.
+#
+# F gets small, but never zero, and Adam divides a gradient by its own recent size: when all gradients are small, it makes
+# full-size steps of them, and p drifts on. Two things hold it back. Adam's `eps`, far above the usual 1e-8, leaves small
+# gradients small. And training passes over an example that N tries already solve (F < 0.1: p beyond about 4/N), as the
+# paper's own code does: those that still pull wait until they fill a batch, and only then is an update made. Training p
+# ends near 5/N, since updates for other examples carry it a little further.
 
 DEFAULTS = {
     "N": 64,  # tries that the loss trains for
     "tries": 64,  # tries that tables and figures show
     "epochs": 100,
-    "evaluations": 10,  # about so many, equally far apart
+    "evaluations": 10,  # about ten, equally far apart
     "batch_size": 50,
     "learning_rate": 3e-3,  # at its peak
     "weight_decay": 0.0,
-    "eps": 1e-3,  # Adam's; far above the usual 1e-8, so that small gradients make small steps
+    "eps": 1e-3,  # Adam's
     "pass_over": 0.1,  # the limited loss passes over examples with F(N, p) below this; 0: over none
     "n_layer": 2,
     "n_head": 4,
@@ -559,7 +563,7 @@ def train(task, loss="limited", N=None, seed=0, device="cpu", out=None, place=0,
                 for group in optimizer.param_groups:
                     group["lr"] = settings["learning_rate"] * schedule((epoch + i / num_batches) / epochs)
                 waiting = torch.cat([waiting, still_pulling(kind, model, candidates, loss, train_N)])
-                if len(waiting) >= len(candidates):  # enough for a batch
+                if len(waiting) >= len(candidates):  # a full batch; an epoch's last is smaller
                     batch, waiting = waiting[:batch_size], waiting[batch_size:]
                     optimizer.zero_grad()
                     kind.objective(model, batch, loss, train_N).backward()
@@ -591,8 +595,8 @@ def evaluated_epochs(settings):
 
 @torch.no_grad()
 def evaluate(run, kind, model, loss, N):
-    """Measure the model: what a record of the run's history holds. p and confidence of every test problem, now and in the
-    epoch with the best pass@N so far, and tries at the first are noted in the run itself."""
+    """Measure the model: what a record of the run's history holds. The run itself gets p and confidence of every test
+    problem, now and in the best epoch so far, and tries at the first three."""
     if not all(parameter.isfinite().all() for parameter in model.parameters()):
         raise FloatingPointError("diverged: try a smaller --learning-rate or --weight-decay")
     loss_value = LOSSES[loss](kind.log_p(model, kind.train_subset), N).item()
@@ -626,7 +630,7 @@ def means(p, confidence, num_samples, eval_Ns):
 def new_run(kind, loss, N, seed):
     """An empty run. Its label and the name of its file are made here, once."""
     task, usual = kind.task, SETTINGS[kind.task.name]
-    config = {name: value for name, value in kind.settings.items()  # texts are paths: `data` says what lies there
+    config = {name: value for name, value in kind.settings.items()  # texts are paths: `data` names the data set
               if name not in ("N", "tries") and not isinstance(value, str)}
     changes = [f"{name}={value}" for name, value in config.items() if value != usual.get(name)]
     loss_name = "cross-entropy" if loss == "ce" else f"{loss} N={N}"
@@ -634,10 +638,10 @@ def new_run(kind, loss, N, seed):
     data = [f"data={task.data}"] * bool(task.data)
     file = "-".join([task.name, loss, f"N{N}", *data, *changes, f"seed{seed}"])
     config |= {"N": N, "data": task.data}
-    shapes = {name: values.tolist() for name, values in task.shapes.items()}
+    features = {name: values.tolist() for name, values in task.features.items()}
     rivals = {name: {f"pass@{n}": baseline(n) for n in kind.eval_Ns} for name, baseline in kind.baselines().items()}
     return dict(task=task.name, loss=loss, N=N, seed=seed, label=label, file=file, config=config, device=kind.device,
-                history=[], problems=shapes, rivals=rivals)
+                history=[], problems=features, rivals=rivals)
 
 
 def save(run, out, finished):
@@ -646,31 +650,32 @@ def save(run, out, finished):
     if out is None:
         return
     Path(out).mkdir(parents=True, exist_ok=True)
-    partial = Path(out) / f"{run['file']}-{os.getpid()}.partial"
-    new = partial.with_suffix(".new")
+    path = Path(out) / f"{run['file']}-{os.getpid()}.partial"
+    new = path.with_suffix(".new")
     try:
         new.write_text(json.dumps(run), encoding="utf-8")
     except OSError:  # a full disk
         new.unlink(missing_ok=True)
         raise
-    new.replace(partial)
+    new.replace(path)
     if finished:
-        partial.replace(Path(out) / f"{run['file']}.json")
+        path.replace(Path(out) / f"{run['file']}.json")
 
 # ==== 6. Theory ===========================================================================================
 #
-# Why does each loss do what it does? Two things separate them. Where a problem has one label, cross-entropy learns it by
-# heart, to p = 1, and the limited loss lets go near 1/N. And where the answer stays uncertain, their optima differ. To see
-# that, take the network away: let answer y be right with probability p_y (not the p of section 1, which is a model's), and
-# let the question tell nothing more. A policy q over the answers then reaches pass@N = Σ_y p_y (1 - (1 - q_y)^N). Which q
-# is best, and where does each loss lead? Cross-entropy leads to q = p, whatever N is.
+# Why does each loss do what it does? Where a question has one answer that can be learned, cross-entropy learns it by heart,
+# to p = 1, and the limited loss's pull fades around 1/N. Where the answer stays uncertain, the losses' optima differ. To see
+# that, take the network away. Let there be many questions alike, whose text tells nothing: answer i is right in a share p_i
+# of them. (In this section, then, p belongs to the questions, and q is what the model gives each answer.) A policy q
+# reaches pass@N = Σ_i p_i (1 - (1 - q_i)^N). Which q is best, and where does each loss lead? Cross-entropy is least where
+# q = p, whatever N is.
 
 
 def optimal_policy(p, N):
-    """The policy q that maximizes pass@N = Σ_i p_i (1 - (1 - q_i)^N) over Σ_i q_i = 1. The reward loss tends to it: over
-    many problems alike, the batch's mean pass@N is this sum, and the logarithm moves no maximum.
+    """The policy q that maximizes pass@N = Σ_i p_i (1 - (1 - q_i)^N) over Σ_i q_i = 1. The reward loss tends to it, since
+    it is -log of this sum.
 
-    The derivative of the Lagrangian, N p_i (1 - q_i)^(N-1) - N λ, is zero, or the answer is given up, so
+    For an answer that is kept, the Lagrangian's derivative is zero, N p_i (1 - q_i)^(N-1) = N λ. The others get nothing:
         q_i = max(0, 1 - (λ / p_i)^(1/(N-1))),
     water-filling: the larger N, the flatter. With N = 1 all of q is on the likeliest answer; if several are, they share it
     equally.
@@ -686,7 +691,7 @@ def optimal_policy(p, N):
 
     with np.errstate(divide="ignore"):
         log_p = np.log(p)
-    return with_sum_1(policy, -log_p.max(), 40 * (N - 1) - log_p.max())  # from q = 0 to q_i = 1 for one
+    return with_sum_1(policy, -log_p.max(), 40 * (N - 1) - log_p.max())  # at the ends all q are 0, and one is 1
 
 
 def limited_policy(p, N):
@@ -702,10 +707,10 @@ def limited_policy(p, N):
     p = check_answers(p, N)
     if N == 1:
         return p / p.sum()
-    log_odds = np.log(p[p > 0]) - np.log(p.max())
+    log_ratio = np.log(p[p > 0]) - np.log(p.max())
 
     def policy(s):  # s: log(N p / λ) of the likeliest answer
-        target = s + log_odds
+        target = s + log_ratio
         v = np.logaddexp(0, target)  # the solution for N → ∞, never too large
         for _ in range(8):
             left = (1 - 1 / N) * v + np.log(-np.expm1(-v))
@@ -713,7 +718,7 @@ def limited_policy(p, N):
             v += (target - left) / slope
         return -np.expm1(-v / N)
 
-    low = math.log(-math.expm1(-N / len(log_odds))) - 1  # there q_1 < 1/K; at 40 N it is 1 to the last digit
+    low = math.log(-math.expm1(-N / len(log_ratio))) - 1  # here all q are below 1/K
     q = np.zeros_like(p)
     q[p > 0] = with_sum_1(policy, low, 40.0 * N)
     return q
@@ -850,13 +855,14 @@ def draw(rows, N, path):
         tries.plot(EVAL_NS, values[:-1], color="grey", linestyle=linestyle, label=name)
     confidence.axhline(1 / N, color="grey", linewidth=1)
     confidence.text(epochs[-1], 0.9 / N, f"1/N = 1/{N}", color="grey", ha="right", va="top")
-    share = "share of test problems"
-    pass_1.set(title="pass@1", ylim=(0, None), xlabel="epoch", ylabel=share)
-    pass_N.set(title=f"pass@{N}", ylim=(0, 1), xlabel="epoch", ylabel=share)
-    confidence.set(title="confidence in the test, and p in training (dashed)", yscale="log", ylim=(1e-3, 1.2),
-                   xlabel="epoch", ylabel="probability")
-    tries.set(title="pass@N at the end, against N", xscale="log", xticks=COLUMNS, xticklabels=COLUMNS, ylim=(0, 1),
-              xlabel="tries N", ylabel=share)
+    for axis in (pass_1, pass_N, confidence):
+        axis.set(xlabel="epoch", ylabel="share of test problems")
+    pass_1.set(title="pass@1", ylim=(0, None))
+    pass_N.set(title=f"pass@{N}", ylim=(0, 1))
+    confidence.set(title="confidence in the test, and p in training (dashed)", ylabel="probability",
+                   yscale="log", ylim=(1e-3, 1.2))
+    tries.set(title="pass@N at the end", xlabel="tries N", ylabel="share of test problems", ylim=(0, 1), xscale="log")
+    tries.set_xticks(COLUMNS, COLUMNS)
     tries.minorticks_off()
     figure.legend(loc="outside upper center", ncols=3)
     figure.supxlabel("lines: mean over the seeds; bands: ± one standard error", fontsize="medium")
@@ -880,19 +886,19 @@ def draw_theory(N, path):
     """The theory in three panels, in the order of the argument."""
     figure = new_figure((15, 4.6))
     factor, policies, confidence = figure.subplots(1, 3)
-    p, a, K = np.logspace(-5, -0.001, 400), 0.1, 500
+    x, a, K = np.logspace(-5, -0.001, 400), 0.1, 500
     c = np.geomspace(1 / K, 1 - 1e-9, 1000)
     for n, color in zip(COLUMNS, COLORS):
-        factor.plot(p, overconfidence_factor(torch.tensor(p).log(), n), color=color, label=f"N = {n}")
+        factor.plot(x, overconfidence_factor(torch.tensor(x).log(), n), color=color, label=f"N = {n}")
         factor.axvline(1 / n, color=color, linestyle=":")
         pass_at = confident_pass_at_n(c, n, a, K)
         confidence.plot(c, pass_at, color=color, label=f"N = {n}")
         confidence.plot(c[pass_at.argmax()], pass_at.max(), "o", color=color, markeredgecolor="white")
     p = 1 / np.arange(1, 101) ** 1.2  # one uncertain question: 100 answers, the r-th likeliest with p ~ r^-1.2
     p /= p.sum()
-    for name, q, color, linestyle in (("cross-entropy: q = p", p, COLORS[0], "-"),
-                                      ("limited loss", limited_policy(p, N), COLORS[1], "--"),
-                                      ("reward loss, best for pass@N", optimal_policy(p, N), COLORS[2], "-.")):
+    tends_to = {"cross-entropy: q = p": p, "limited loss": limited_policy(p, N),
+                "reward loss, best for pass@N": optimal_policy(p, N)}
+    for (name, q), color, linestyle in zip(tends_to.items(), COLORS, ("-", "--", "-.")):
         policies.plot(np.flatnonzero(q) + 1, q[q > 0], color=color, linestyle=linestyle, label=name)
     policies.axhline(1 / N, color="grey", linestyle=":")
     policies.text(100, 1.08 / N, f"1/N = 1/{N}", color="grey", ha="right")
@@ -927,7 +933,7 @@ HELP = {"loss": "both: cross-entropy and the limited loss; for search, the rewar
 
 
 def parse_arguments(argv):
-    """The options and, as `settings`, all settings of the task. What cannot be, or would be ignored, is refused."""
+    """The options and, as `settings`, all settings of the task. Refuses wrong and useless flags."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
     parser.error = fail
     devices = ["cpu", *["mps"] * torch.backends.mps.is_available(), *["cuda"] * torch.cuda.is_available()]

@@ -30,12 +30,12 @@ class Task(NamedTuple):
     length: int  # tokens of a prompt and its answer together
     train: tuple  # prompts (P, prompt length) and answers (P, answer length), int64; of theorems a `ProofTable`
     test: tuple  # the same
-    answer_length: int = 0  # where an answer holds a reasoning trace: its last so many tokens are what counts
+    answer_length: int = 0  # of a reasoning trace: how many of its last tokens are the answer, which alone counts
     steps: torch.Tensor | None = None  # of known proofs: (n, 3), each step's theorem, row in the table, and tactic
     answer_frequencies: torch.Tensor | None = None  # (A,) where answers can be guessed: how often each is right in training
     test_answer_index: torch.Tensor | None = None  # (P,) the test answers' indices in these, -1 where not among them
     data: str = ""  # which data set the problems are from, where they are not made here
-    shapes: dict = {}  # {name: (P,)} what else is known of the test problems
+    features: dict = {}  # {name: (P,)} what else is known of the test problems
 
     def to(self, device):
         """The same task with its prompts and answers on a device. Tables of proofs stay where they are."""
@@ -299,8 +299,8 @@ def prove(seed=0, num_train=300, num_test=300):
 def search(seed=0, num_train=300, num_test=300):
     """The theorems of `prove`, without proofs: an example is a theorem, with all states that attempts at it can reach."""
     train, test = map(proof_table, draw_theorems(seed, num_train, num_test))
-    shapes = {"length": test.length, "branching": test.branching, "blind": test.blind}
-    return Task("search", "searches", num_train, PROVE_VOCAB, MAX_PROMPT + 1, train, test, shapes=shapes)
+    features = {"length": test.length, "branching": test.branching, "blind": test.blind}
+    return Task("search", "searches", num_train, PROVE_VOCAB, MAX_PROMPT + 1, train, test, features=features)
 
 
 def draw_theorems(seed, num_train, num_test):

@@ -2,8 +2,8 @@
 
     python exercises/language_model.py MODEL --math-dir DIR [flags of passn.py]
 
-MODEL is a name on the Hugging Face hub, a folder or a .gguf file. The model as it came reads each question once. Training
-changes its top --n-layer layers only, at the answer's tokens. A process takes 4 GB for 135 million parameters.
+MODEL is a name on the Hugging Face hub, a folder or a .gguf file. Trained are its top --n-layer layers, not the head, on the
+answer's tokens alone: the model as it came reads each question once. A process takes 4 GB for 135 million parameters.
 
 This is the example to follow for adding a kind of answers (here `LanguageModel`) and a task (`math_lm`) to passn.py
 from outside. They enter its registries at the end of the file: worker processes import it too.
