@@ -600,19 +600,20 @@ def evaluate(run, kind, model, loss, N):
     if not all(parameter.isfinite().all() for parameter in model.parameters()):
         raise FloatingPointError("diverged: try a smaller --learning-rate or --weight-decay")
     loss_value = LOSSES[loss](kind.log_p(model, kind.train_subset), N).item()
-    test = kind.measure(model, "test", TEMPERATURES)
-    train = kind.measure(model, "train", [1.0])
-    by_temperature = {f"{T:g}": means(*test[T], kind.eval_Ns) for T in test}
-    p, confidence, _ = test[1.0]
-    problems, goal = {"p": p.tolist(), "confidence": confidence.tolist()}, f"pass@{kind.settings['tries']}"
-    if goal not in by_temperature["1"]:
+    measured = kind.measure(model, "test", TEMPERATURES)
+    by_temperature = {f"{T:g}": means(*measured[T], kind.eval_Ns) for T in measured}
+    test, goal = by_temperature["1"], f"pass@{kind.settings['tries']}"
+    train = means(*kind.measure(model, "train", [1.0])[1.0], kind.eval_Ns)
+    if goal not in test:
         raise ValueError(f"{goal} cannot be estimated from so few samples: give fewer --tries")
-    if by_temperature["1"][goal] >= max((record["test"][goal] for record in run["history"]), default=0):
+    p, confidence, _ = measured[1.0]
+    problems = {"p": p.tolist(), "confidence": confidence.tolist()}
+    best_before = max((record["test"][goal] for record in run["history"]), default=0)
+    if test[goal] >= best_before:
         run["problems"]["best"] = problems
     run["problems"] |= problems
     run["example"] = kind.show_tries(model, 64)
-    return {"loss": loss_value, "test": by_temperature["1"], "train": means(*train[1.0], kind.eval_Ns),
-            "tempered": by_temperature}
+    return {"loss": loss_value, "test": test, "train": train, "tempered": by_temperature}
 
 
 def means(p, confidence, num_samples, eval_Ns):
@@ -640,8 +641,8 @@ def new_run(kind, loss, N, seed):
     config |= {"N": N, "data": task.data}
     features = {name: values.tolist() for name, values in task.features.items()}
     rivals = {name: {f"pass@{n}": baseline(n) for n in kind.eval_Ns} for name, baseline in kind.baselines().items()}
-    return dict(task=task.name, loss=loss, N=N, seed=seed, label=label, file=file, config=config, device=kind.device,
-                history=[], problems=features, rivals=rivals)
+    return dict(task=task.name, loss=loss, N=N, seed=seed, label=label, file=file, device=kind.device,
+                config=config, history=[], problems=features, rivals=rivals)
 
 
 def save(run, out, finished):
@@ -929,7 +930,7 @@ OPTIONS = {"task": "multiply", "loss": "both", "frontier": False, "theory": Fals
            "out": "out"}
 HELP = {"loss": "both: cross-entropy and the limited loss; for search, the reward loss with N = 1 and with N",
         "frontier": "train with N = 1, 8, 64 and 512", "theory": "train nothing: draw why each loss does what it does",
-        "seeds": "train so many, from --seed on", "out": "the folder for runs and figures"}
+        "seeds": "train with that many seeds, from --seed on", "out": "the folder for runs and figures"}
 
 
 def parse_arguments(argv):
@@ -940,9 +941,9 @@ def parse_arguments(argv):
     choices = {"task": TASKS, "loss": ["both", "all", *LOSSES], "device": ["auto", *devices]}
     flags = {name: value for settings in SETTINGS.values() for name, value in settings.items()}
     for name, value in (OPTIONS | flags).items():
-        takes = {"type": type(value), "choices": choices.get(name)}
-        takes = {"action": "store_true"} if isinstance(value, bool) else takes
-        parser.add_argument(flag_of(name), default=argparse.SUPPRESS, help=HELP.get(name, f"default {value}"), **takes)
+        takes = {"action": "store_true"} if value is False else {"type": type(value), "choices": choices.get(name)}
+        hint = HELP.get(name, f"default {value}")
+        parser.add_argument(flag_of(name), default=argparse.SUPPRESS, help=hint, **takes)
     given = vars(parser.parse_args(argv))
     args = argparse.Namespace(**OPTIONS | given)
     for name, value in given.items():
