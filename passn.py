@@ -414,10 +414,15 @@ def sample_traces(model, x, y, number, temperature, generator):
     return traces.view(len(x), number, -1)
 
 
+# A theorem has few states that an attempt at it can come to. toy_tasks.py keeps them in a table, a row each: the state as a
+# prompt, the tactics that apply, and the rows that each of these leaves to prove. From the probability of every tactic in
+# every row, the policy, `proof_p` computes p.
+
+
 class Searches(Answers):
-    """Whole attempts at theorems, judged by the kernel; no proof is shown. A theorem has few states, so p, that an attempt
-    proves it, is exact and differentiable, by dynamic programming: N is attempts. The greedy attempt takes the likeliest
-    tactic in every state. The confidence is the probability of all its choices, whether they prove the theorem or not.
+    """Whole attempts at theorems, judged by the kernel; no proof is shown. p, that an attempt proves the theorem, is exact and
+    differentiable, by dynamic programming, and N counts attempts. The greedy attempt takes the likeliest tactic in every
+    state. The confidence is the probability of all its choices, whether they prove the theorem or not.
 
     This is reinforcement learning with a verifier. The usual reward, p, is the reward loss with N = 1; compared with it is a
     larger N. Here the gradient is exact. With `reinforce` it is estimated, from that many attempts at each theorem."""
@@ -469,7 +474,7 @@ class Steps(Searches):
     With `per_step`, the paper's step-wise loss: p is the step's own, and N counts tries at one step."""
     plans = Answers.plans | {
         "frontier": Answers.plans["frontier"] + [{"loss": "limited", "N": N, "per_step": True} for N in (2, 4, 8)]}
-    num_measured = 1_000_000
+    num_measured = 1_000_000  # all
     theorem_log_p = None
 
     def new_epoch(self, model, epoch, N):
@@ -702,14 +707,14 @@ def limited_policy(p, N):
         N p_i (1 - q_i)^(N-1) / (1 - (1 - q_i)^N) = λ,    that is    p_i F(N, q_i) / q_i = λ.
     Where q_i ≪ 1/N, F is 1 and q_i = p_i / λ, in proportion, as cross-entropy has it (for N = 1 everywhere: q = p). Beyond
     1/N, q_i is held back. The logarithm gives no possible answer up.
-    With v = -N log(1 - q), the logarithm of that equation is (1 - 1/N) v + log(1 - e^(-v)) = log(N p / λ). Its left side
-    is concave and grows, so Newton's method finds each v from below; bisection finds λ.
     p: (K,) numbers from 0 on, not all 0. Returns (K,), float64 numpy, sum 1 within 1e-9. Raises ValueError as above."""
     p = check_answers(p, N)
     if N == 1:
         return p / p.sum()
     log_ratio = np.log(p[p > 0]) - np.log(p.max())
 
+    # With v = -N log(1 - q), the equation's logarithm is (1 - 1/N) v + log(1 - e^(-v)) = log(N p / λ). The left side is
+    # concave and grows with v, so Newton's method finds v for a given λ, and bisection finds λ.
     def policy(s):  # s: log(N p / λ) of the likeliest answer
         target = s + log_ratio
         v = np.logaddexp(0, target)  # the solution for N → ∞, never too large
