@@ -18,7 +18,7 @@ import signal
 import sys
 import time
 from collections import Counter, defaultdict
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from functools import partial
 from pathlib import Path
 
@@ -84,7 +84,7 @@ def estimate_pass_at_n(num_samples, num_correct, N):
 #
 # This is the chain rule, with dp = p · d log p. Where p is small, (1 - p)^N is e^(-N p), and F depends on u = N p alone, the
 # number of right answers to expect among N: F ≈ u / (e^u - 1). While p is far below 1/N, F is 1, and the example pulls as it
-# does under cross-entropy. Around 1/N the pull fades: F is 0.58 at p = 1/N, 0.1 near 4/N, 0.03 at 5/N. So an example that N
+# does under cross-entropy. Around 1/N the pull fades: F is 0.58 at p = 1/N, 0.16 at 3/N, 0.03 at 5/N. So an example that N
 # tries solve hardly pulls, and the model grows little surer of it: the loss limits confidence. With N = 1, F is 1 for every
 # p: that is cross-entropy.
 
@@ -171,9 +171,9 @@ LOSSES = {  # from the batch's log_p (B,) and N to the number that is minimized
 # ==== 3. A small GPT ======================================================================================
 #
 # The usual decoder: token and position embeddings, blocks of attention and MLP, logits for the next token. Attention is
-# written out, since for texts this short that is faster than PyTorch's own. Two more things save time and change no number.
+# written out, since for texts this short that is faster than PyTorch's own. Three things save time and change no number.
 # `last`: where only the last few logits are wanted (the answer's), the last block computes only those. `cache`: sampling
-# keeps the keys and values of past positions instead of computing them anew.
+# keeps the keys and values of past positions instead of computing them anew. And it reads equal prompts once.
 
 
 class Block(nn.Module):
@@ -197,7 +197,7 @@ class Block(nn.Module):
         normed = self.ln_1(x)
         q = heads(self.query(normed[:, -Q:]))
         k, v = map(heads, self.key_value(normed).split(C, dim=-1))
-        if cache is not None:  # (2, B, heads, ·, ·): the K - T positions before x are in it already
+        if cache is not None:  # keys and values (B, heads, ·, ·); those of the K - T positions before x are in it already
             keys, values = cache
             keys[:, :, K - T:K], values[:, :, K - T:K] = k, v
             k, v = keys[:, :, :K], values[:, :, :K]
@@ -420,7 +420,7 @@ def sample_traces(model, x, y, number, temperature, generator):
 
 
 class Searches(Answers):
-    """Whole attempts at theorems, judged by the kernel; no proof is shown. p, that an attempt proves the theorem, is exact and
+    """Whole attempts at theorems, judged by the kernel; no proof is shown. p, that an attempt succeeds, is exact and
     differentiable, by dynamic programming, and N counts attempts. The greedy attempt takes the likeliest tactic in every
     state. The confidence is the probability of all its choices, whether they prove the theorem or not.
 
@@ -484,7 +484,7 @@ class Steps(Searches):
 
     def log_p(self, model, batch):
         theorem, row, tactic = self.task.steps[batch].unbind(dim=1)
-        if self.theorem_log_p is not None and not torch.is_grad_enabled():  # `still_pulling` needs the value only
+        if self.theorem_log_p is not None and not torch.is_grad_enabled():  # then only the value is wanted
             return self.theorem_log_p[theorem]
         step = -cross_entropy(tactic_logits(model, self.task.train, row), tactic, reduction="none")
         return step if self.theorem_log_p is None else with_value(step, self.theorem_log_p[theorem])
@@ -635,19 +635,18 @@ def means(p, confidence, num_samples, eval_Ns):
 
 def new_run(kind, loss, N, seed):
     """An empty run. Its label and the name of its file are made here, once."""
-    task, usual = kind.task, SETTINGS[kind.task.name]
-    config = {name: value for name, value in kind.settings.items()  # texts are paths: `data` names the data set
-              if name not in ("N", "tries") and not isinstance(value, str)}
-    changes = [f"{name}={value}" for name, value in config.items() if value != usual.get(name)]
+    task, settings, usual = kind.task, kind.settings, SETTINGS[kind.task.name]
+    changes = [f"{name}={value}" for name, value in settings.items()  # texts are paths: `data` names the data set
+               if value != usual.get(name) and name not in ("N", "tries") and not isinstance(value, str)]
     loss_name = "cross-entropy" if loss == "ce" else f"{loss} N={N}"
     label = ", ".join([loss_name, *changes])
     data = [f"data={task.data}"] * bool(task.data)
     file = "-".join([task.name, loss, f"N{N}", *data, *changes, f"seed{seed}"])
-    config |= {"N": N, "data": task.data}
+    config = settings | {"N": N, "device": kind.device, "data": task.data}
     features = {name: values.tolist() for name, values in task.features.items()}
     rivals = {name: {f"pass@{n}": baseline(n) for n in kind.eval_Ns} for name, baseline in kind.baselines().items()}
-    return dict(task=task.name, loss=loss, N=N, seed=seed, label=label, file=file, device=kind.device,
-                config=config, history=[], problems=features, rivals=rivals)
+    return dict(task=task.name, loss=loss, N=N, seed=seed, label=label, file=file, config=config,
+                history=[], problems=features, rivals=rivals)
 
 
 def save(run, out, finished):
@@ -772,8 +771,9 @@ def load_runs(out, task_name, data, N):
             run = json.loads(path.read_text(encoding="utf-8"))
             if (run["task"], run["config"]["data"]) == (task_name, data):
                 run |= arrays_of(run, N)
+                settings = [item for item in run["config"].items() if item[0] != "tries" and not isinstance(item[1], str)]
                 place = run["loss"] != "ce", run["loss"], run["N"], run["label"]  # cross-entropy first
-                rows[*place, repr(run["config"]), run["pass_at"].shape].append(run)
+                rows[*place, repr(settings), run["pass_at"].shape].append(run)
         except Exception as error:  # whatever it is, the other runs must not suffer
             print(f"left out {path}, which is no run of this version ({error!r}); remove it", file=sys.stderr)
     return [rows[key] for key in sorted(rows)]
@@ -820,8 +820,8 @@ def print_table(rows, N):
         pass_at, confidence = stack(row, "pass_at"), stack(row, "confidence")[:, -1]
         values = pass_at[:, -1, 0, at], confidence, best(pass_at[:, :, :1]), best(pass_at)
         lines.append((row[0]["label"], np.column_stack(values)))
-    baselines = stack(rows[0], "baselines")
-    lines += [(name, baselines[:, i, at]) for i, name in enumerate(rows[0][0]["rivals"])]
+    most = max(rows, key=len)
+    lines += [(name, stack(most, "baselines")[:, i, at]) for i, name in enumerate(most[0]["rivals"])]
     width = max(len(label) for label, _ in lines)
     headers = [*(f"pass@{n}" for n in shown), "confidence", f"best@{N}", "& best T"]
     print(" " * width + " seeds" + "".join(f"{header:>11}" for header in headers))
@@ -856,8 +856,9 @@ def draw(rows, N, path):
     pass_at, label = stack(rows[0], "pass_at"), rows[0][0]["label"]
     pass_N.axhline(best(pass_at[:, :, :1]).mean(), color=COLORS[0], linestyle="--", label=f"{label}: best epoch")
     pass_N.axhline(best(pass_at).mean(), color=COLORS[0], linestyle=":", label=f"{label}: best epoch and temperature")
-    baselines = stack(rows[0], "baselines").mean(axis=0)
-    for name, values, linestyle in zip(rows[0][0]["rivals"], baselines, (":", "--", "-.")):
+    most = max(rows, key=len)
+    baselines = stack(most, "baselines").mean(axis=0)
+    for name, values, linestyle in zip(most[0]["rivals"], baselines, (":", "--", "-.")):
         tries.plot(EVAL_NS, values[:-1], color="grey", linestyle=linestyle, label=name)
     confidence.axhline(1 / N, color="grey", linewidth=1)
     confidence.text(epochs[-1], 0.9 / N, f"1/N = 1/{N}", color="grey", ha="right", va="top")
@@ -870,7 +871,7 @@ def draw(rows, N, path):
     tries.set(title="pass@N at the end", xlabel="tries N", ylabel="share of test problems", ylim=(0, 1), xscale="log")
     tries.set_xticks(COLUMNS, COLUMNS)
     tries.minorticks_off()
-    figure.legend(loc="outside upper center", ncols=3)
+    figure.legend(loc="outside upper center", ncols=2)
     figure.supxlabel("lines: mean over the seeds; bands: ± one standard error", fontsize="medium")
     save_and_show(figure, path)
 
@@ -1000,12 +1001,17 @@ def run_job(job):
 
 
 def run_side_by_side(args):
-    """The runs: on a CPU as many at a time as it has cores, each in a process of its own."""
+    """The runs, as they end: on a CPU as many at a time as it has cores, each in a process of its own."""
     if args.device != "cpu" or os.cpu_count() == 1 or (args.loss in LOSSES and args.seeds == 1):
         return [*map(run_job, jobs(args))]
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(os.cpu_count(), context, signal.signal, (signal.SIGINT, signal.SIG_DFL)) as pool:
-        return [*pool.map(run_job, jobs(args))]
+        try:
+            return [future.result() for future in as_completed([pool.submit(run_job, job) for job in jobs(args)])]
+        except BaseException:  # Ctrl-C, or a run that failed, ends all
+            for process in multiprocessing.active_children():
+                process.terminate()
+            raise
 
 
 def report(args, run):

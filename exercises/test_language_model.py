@@ -265,7 +265,7 @@ def test_main_trains_saves_and_shows(llama, math_dir, tmp_path, capsys):
     assert (out / "math-lm.png").is_file() and len([*out.glob("math-lm-*.json")]) == 2
     assert "cross-entropy" in said and "guess optimally" in said and "Unheard of: 2+3? Answer: 5\n" in said
     run = json.loads(next(out.glob("math-lm-limited-N64-*.json")).read_text())
-    assert Path(llama).name in run["config"]["data"] and run["rivals"] and len(run["problems"]["p"]) == 3
+    assert run["config"]["model"] == llama and run["rivals"] and len(run["problems"]["p"]) == 3
     assert len(run["problems"]["confidence"]) == 1 and [len(tries) for _, _, tries in run["example"]] == [64] * 3
     assert all(right == tries.count(problem.split("Answer:")[1]) for problem, right, tries in run["example"])
     assert all(len({*tries}) > 1 for _, _, tries in run["example"])
