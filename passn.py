@@ -934,7 +934,7 @@ def save_and_show(figure, path):
 
 OPTIONS = {"task": "multiply", "loss": "both", "frontier": False, "theory": False, "seed": 0, "seeds": 1, "device": "auto",
            "out": "out"}
-HELP = {"loss": "both: cross-entropy and the limited loss; for search, the reward loss with N = 1 and with N",
+HELP = {"loss": "both: cross-entropy and the limited loss; for search, the reward loss with N = 1 and with N; all: every loss",
         "frontier": "train with N = 1, 8, 64 and 512", "theory": "train nothing: draw why each loss does what it does",
         "seeds": "train with that many seeds, from --seed on", "out": "the folder for runs and figures"}
 
