@@ -171,9 +171,9 @@ LOSSES = {  # from the batch's log_p (B,) and N to the number that is minimized
 # ==== 3. A small GPT ======================================================================================
 #
 # The usual decoder: token and position embeddings, blocks of attention and MLP, logits for the next token. Attention is
-# written out, since for texts this short that is faster than PyTorch's own. Three things save time and change no number.
-# `last`: where only the last few logits are wanted (the answer's), the last block computes only those. `cache`: sampling
-# keeps the keys and values of past positions instead of computing them anew. And it reads equal prompts once.
+# written out, to be read; for the shortest texts that is no slower than PyTorch's own. Three things save time and change
+# no number. `last`: where only the last few logits are wanted (the answer's), the last block computes only those. `cache`:
+# sampling keeps the keys and values of past positions instead of computing them anew. And it reads equal prompts once.
 
 
 class Block(nn.Module):
@@ -424,8 +424,8 @@ class Searches(Answers):
     differentiable, by dynamic programming, and N counts attempts. The greedy attempt takes the likeliest tactic in every
     state. The confidence is the probability of all its choices, whether they prove the theorem or not.
 
-    This is reinforcement learning with a verifier. The usual reward, p, is the reward loss with N = 1; compared with it is a
-    larger N. Here the gradient is exact. With `reinforce` it is estimated, from that many attempts at each theorem."""
+    This is reinforcement learning with a verifier. With N = 1 the reward loss is the usual reward, p; a larger N is compared
+    with it. Here the gradient is exact. With `reinforce` it is estimated, from that many attempts at each theorem."""
     plans = Answers.plans | {"both": [{"loss": "reward", "N": 1}, {"loss": "reward"}],
                              "frontier": [{"loss": "reward", "N": N} for N in COLUMNS]}
 
@@ -506,14 +506,14 @@ KINDS = {"answers": Answers, "traces": Traces, "searches": Searches, "steps": St
 # F gets small, but never zero, and Adam divides a gradient by its own recent size: when all gradients are small, it makes
 # full-size steps of them, and p drifts on. Two things hold it back. Adam's `eps`, far above the usual 1e-8, leaves small
 # gradients small. And training passes over an example that N tries already solve (F < 0.1: p beyond about 4/N), as the
-# paper's own code does: those that still pull wait until they fill a batch, and only then is an update made. Training p
-# ends near 5/N, since updates for other examples carry it a little further.
+# paper's own code does: those that still pull wait until they fill a batch, and only then is an update made. On multiply,
+# training p ends near 5/N, since updates for other examples carry it a little further.
 
 DEFAULTS = {
     "N": 64,  # tries that the loss trains for
     "tries": 64,  # tries that tables and figures show
     "epochs": 100,
-    "evaluations": 10,  # about ten, equally far apart
+    "evaluations": 10,  # how often to measure, roughly; equally far apart
     "batch_size": 50,
     "learning_rate": 3e-3,  # at its peak
     "weight_decay": 0.0,
