@@ -1,6 +1,6 @@
 """pass@N, and a loss that trains for it.
 
-Cross-entropy makes a model overconfident, overconfidence wastes tries, and one changed line in the loss fixes it. This is
+Cross-entropy makes a model overconfident, overconfidence wastes tries, and one changed line in the loss stops it. This is
 a small, complete reimplementation of Chen, Raventós, Cheng, Ganguli and Druckmann, "Rethinking Fine-Tuning when Scaling
 Test-Time Compute: Limiting Confidence Improves Mathematical Reasoning" (arXiv 2502.07154). Read it from top to bottom, or
 run it:
@@ -10,25 +10,31 @@ run it:
 """
 
 import argparse
+import contextlib
+import glob
+import inspect
+import io
 import json
 import math
 import multiprocessing
 import os
 import signal
 import sys
+import threading
 import time
-from collections import Counter, defaultdict
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from functools import partial
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from itertools import product
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
 from torch import nn
-from torch.nn.functional import cross_entropy, one_hot
+from torch.nn.functional import cross_entropy, scaled_dot_product_attention
 from tqdm import tqdm
 
-from toy_tasks import PAD, TASKS, mask_after_end, part_of, proof_p, sample_attempts, show_attempts
+from toy_tasks import END, PAD, TASKS, choose, require
 
 # ==== 1. pass@N ===========================================================================================
 #
@@ -39,43 +45,48 @@ from toy_tasks import PAD, TASKS, mask_after_end, part_of, proof_p, sample_attem
 def pass_at_n(p, N):
     """pass@N = 1 - (1 - p)^N of each problem, exactly.
 
-    p: success probabilities, a number or a tensor of any shape; N: a number, or one for each problem. Returns float64 of
-    p's shape. Computed through log(1 - p), so that p = 1e-12 and N = 1,000,000 lose no digit. Raises ValueError where p is
-    not within 0 and 1 (rounding errors of a millionth pass) or N < 1."""
-    p, N = torch.as_tensor(p, dtype=torch.float64), check_tries(N)
-    if ((p < -1e-6) | (p > 1 + 1e-6)).any():
-        raise ValueError("p is a probability, from 0 to 1")
-    below_1 = torch.where(p < 1, p, 0.0)  # torch.where differentiates what it does not choose, too: keep it finite
-    return torch.where(p < 1, -torch.expm1(N * torch.log1p(-below_1)), 1.0)
+    p: success probabilities, a number or a tensor of any shape; N: a number, or one for each problem. Returns float64 on
+    the CPU, nan where p is nan. Computed through log(1 - p), so that p = 1e-12 and N = 1,000,000 lose no digit. Raises
+    ValueError where p is not within 0 and 1 (rounding errors of a millionth pass) or N < 1."""
+    p, N = exact(p), number_of_tries(N)
+    require(not ((p < -1e-6) | (p > 1 + 1e-6)).any(), "p is a probability, from 0 to 1")
+    below_1 = torch.where((p < 0) | (p >= 1), 0.0, p)  # keeps the gradient finite where p = 1
+    return torch.where(p >= 1, 1.0, -torch.expm1(N * torch.log1p(-below_1)))
 
 
-def check_tries(N):
-    N = torch.as_tensor(N, dtype=torch.float64)
-    if not ((N >= 1) & N.isfinite()).all():
-        raise ValueError(f"N is a number of tries, 1 or more; got {N.tolist()}")
+def exact(x):
+    """x as float64 on the CPU: float32 would lose the digits of N log(1 - p), and Apple's GPUs have no float64."""
+    return x.cpu().double() if isinstance(x, torch.Tensor) else torch.as_tensor(x, dtype=torch.float64)
+
+
+def number_of_tries(N):
+    N = exact(N)
+    require(((N >= 1) & (N <= 1e15)).all(), f"N is a number of tries, 1 or more; got {N.tolist()}")
     return N
 
 
 def estimate_pass_at_n(num_samples, num_correct, N):
     """Unbiased estimate of pass@N from n samples of which c were right, for when p is unknown.
 
-    1 - C(n - c, N) / C(n, N): of all ways to choose N of the n samples, the share with a right one among them. Computed as
-    the product 1 - Π_{j<c} (1 - N / (n - j)). (Putting c / n for p into the formula above would be biased.)
-    num_correct: a number or a tensor of any shape, whole numbers from 0 to n. Returns float64 of that shape, on the CPU.
-    Raises ValueError where N > n or N < 1, or where num_correct is no such number. Source: Chen et al. 2021,
-    arXiv 2107.03374."""
-    if not 1 <= N <= num_samples:
-        raise ValueError(f"pass@{N} cannot be estimated from {num_samples} samples: draw at least N")
-    num_correct = torch.as_tensor(num_correct).cpu()
-    if ((num_correct < 0) | (num_correct > num_samples) | (num_correct != num_correct.long())).any():
-        raise ValueError(f"num_correct counts right samples: a whole number, 0 to {num_samples}")
-    j = torch.arange(num_samples, dtype=torch.float64)
-    factors = (1 - N / (num_samples - j)).clamp(min=0)
-    all_fail = torch.cat([torch.ones(1, dtype=torch.float64), factors.cumprod(dim=0)])  # indexed by c: C(n - c, N) / C(n, N)
-    return 1 - all_fail[num_correct.long()]
+    1 - C(n - c, N) / C(n, N): of all ways to choose N of the n samples, the share with a right one among them. (Putting c / n for p into the formula above would be biased.)
+    Each argument: a whole number, or a tensor of them; together they give the shape. Returns float64 on the CPU. Raises
+    ValueError where N > n or N < 1, or where c is not within 0 and n. Source: Chen et al. 2021, arXiv 2107.03374."""
+    n, c, N = exact(num_samples), exact(num_correct), exact(N)
+    require((n % 1 + c % 1 + N % 1 == 0).all(), "n, c and N count samples: give whole numbers")
+    require(((0 <= c) & (c <= n)).all(), "num_correct counts right samples: from 0 to num_samples")
+    require(((1 <= N) & (N <= n)).all(), "pass@N cannot be estimated from fewer than N samples, nor for N < 1")
+    return 1 - all_fail(n, c, N)
 
 
-# ==== 2. The loss =========================================================================================
+def all_fail(n, c, N):
+    """C(n - c, N) / C(n, N) = Π_{j<c} (1 - N / (n - j))."""
+    result = torch.ones(torch.broadcast_shapes(n.shape, c.shape, N.shape), dtype=torch.float64)
+    for j in range(int(max(c.flatten().tolist(), default=0))):
+        result *= torch.where(j < c, (1 - N / (n - j)).clamp(min=0), 1.0)
+    return result
+
+
+# ==== 2. The losses =======================================================================================
 #
 # Cross-entropy, -log p, asks that the first try be right. With N tries, ask that any of them be right: minus the logarithm
 # of pass@N. That is the whole idea. What it changes shows in the gradient:
@@ -85,8 +96,8 @@ def estimate_pass_at_n(num_samples, num_correct, N):
 # This is the chain rule, with dp = p · d log p. Where p is small, (1 - p)^N is e^(-N p), and F depends on u = N p alone, the
 # number of right answers to expect among N: F ≈ u / (e^u - 1). While p is far below 1/N, F is 1, and the example pulls as it
 # does under cross-entropy. Around 1/N the pull fades: F is 0.58 at p = 1/N, 0.16 at 3/N, 0.03 at 5/N. So an example that N
-# tries solve hardly pulls, and the model grows little surer of it: the loss limits confidence. With N = 1, F is 1 for every
-# p: that is cross-entropy.
+# tries solve gets almost no gradient, and the model grows little surer of it: the loss limits confidence. With N = 1, F is 1
+# for every p: that is cross-entropy.
 
 
 def dco_loss(log_p, N):
@@ -95,11 +106,11 @@ def dco_loss(log_p, N):
     log_p: (B,) log-probabilities of the right answers, each the sum over the answer's tokens; N: a number, or (B,) one for
     each example. Returns (B,), in the dtype of log_p: take the mean and call backward. Autograd supplies F. The relative
     error is below 1e-5 in float32 and 1e-12 in float64, and the gradient finite, for N from 1 to 1,000,000 and log_p from 0
-    to -2000, where p itself has long underflowed. Raises ValueError for N < 1, and for log_p > 0, which is no
-    log-probability (a loss, perhaps: change its sign). Source: arXiv 2502.07154."""
-    x, N, log_fail = check_log_p(log_p, N)
-    loss = -log1mexp(N * log_fail)
-    loss = torch.where(x < -50, -x - torch.log(N), loss)  # where p < e^-50, 1 - (1 - p)^N is N p to the last digit
+    to -2000, where p itself has long underflowed. Raises ValueError for N < 1, for log_p > 0, which is no log-probability
+    (a loss, perhaps: change its sign), and for integers. These checks read values: torch.compile breaks its graph there,
+    and torch.func.vmap is not needed. Source: arXiv 2502.07154."""
+    x, N, log_fail = log_probabilities(log_p, N)
+    loss = -log1mexp(N * log_fail) + (x.clamp(min=-50) - x)  # where p < e^-50, 1 - (1 - p)^N is N p to the last digit
     return torch.where(N == 1, -x, loss).to(log_p)
 
 
@@ -108,18 +119,17 @@ def overconfidence_factor(log_p, N):
     that the limited loss keeps, F = -d L_N / d log p. It is small where the model is surer than N tries need.
 
     Arguments, precision and errors as in `dco_loss`. To weight cross-entropy by F yourself, detach F."""
-    x, N, log_fail = check_log_p(log_p, N)
-    factor = torch.exp(torch.log(N) + x + (N - 1) * log_fail - log1mexp(N * log_fail))
-    return torch.where((N == 1) | (x < -50), 1.0, factor).to(log_p)
+    x, N, log_fail = log_probabilities(log_p, N)
+    log_factor = torch.log(N) + x.clamp(-50, 0) + (N - 1) * log_fail - log1mexp(N * log_fail)
+    return torch.where(N == 1, 1.0, log_factor.exp()).to(log_p)
 
 
-def check_log_p(log_p, N):
-    """log p, N and log(1 - p) in float64, since float32 would lose the digits of N log(1 - p)."""
-    if (log_p > 1e-3).any():
-        raise ValueError("log_p is a log-probability, 0 or less: is its sign lost?")
-    x = (log_p.cpu() if log_p.device.type == "mps" else log_p).double()  # Apple's GPUs have no float64
-    inside = torch.where(x > -1e-300, -1e-300, torch.where(x < -50, -50.0, x))  # x, but for p = 1 and p < e^-50
-    return x, check_tries(N).to(x.device), log1mexp(inside)
+def log_probabilities(log_p, N):
+    """log p, N and log(1 - p), this kept finite where p is 1, and that of e^-50 where p is less."""
+    require(log_p.is_floating_point(), "log_p is a tensor of floating-point numbers")
+    require(not (log_p > 1e-3).any(), "log_p is a log-probability, 0 or less: is its sign lost?")
+    x = exact(log_p)
+    return x, number_of_tries(N), log1mexp(x.clamp(-50, -1e-300))
 
 
 def log1mexp(x):
@@ -132,20 +142,20 @@ def log1mexp(x):
 
 # Reinforcement learning with a verifier asks for something else: not the mean of log pass@N, but the mean of pass@N itself.
 # With N = 1 that is the mean of p, the usual reward. The difference is what happens to hard examples. The mean of -log
-# never gives an example up, however small its p. Under the mean of pass@N an example pulls in proportion to its pass@N:
-# where p is tiny, hardly at all. That wins where answers can only be guessed, and gives up what could still be learned
-# (exercise 5). The disease is the same: with N = 1 the mean of p, too, makes a model overconfident.
+# never gives an example up, however small its p: its weight on d log p is F. Under the mean of pass@N the weight is
+# N p (1 - p)^(N-1), pass@N times F: where p is tiny, next to nothing. That wins where answers can only be guessed, and gives
+# up what could still be learned (exercise 5).
 
 
 def reward_loss(log_p, N):
-    """-log of the batch's mean pass@N. Reinforcement learning for pass@N climbs this mean, by estimates; here its gradient
-    is exact.
+    """Minus the mean pass@N of a batch, a scalar. Reinforcement learning for pass@N climbs this mean, by estimates; here its
+    gradient is exact.
 
-    log_p: (B,); N as in `dco_loss`. Returns a scalar, in log space throughout, so as precise and finite as `dco_loss`.
-    Raises ValueError as `dco_loss` does, and for an empty batch, which has no mean."""
-    if len(log_p) == 0:
-        raise ValueError("an empty batch has no mean pass@N")
-    return math.log(len(log_p)) - torch.logsumexp(-dco_loss(log_p, N), dim=0)
+    log_p: (B,); N as in `dco_loss`. Computed in float64. Raises ValueError as `dco_loss` does, and for an empty batch,
+    which has no mean."""
+    require(len(log_p) > 0, "an empty batch has no mean pass@N")
+    x, N, _ = log_probabilities(log_p, N)
+    return -torch.exp(-dco_loss(x, N)).mean().to(log_p)
 
 
 def pass_at_n_weights(num_samples, num_correct, N):
@@ -156,10 +166,15 @@ def pass_at_n_weights(num_samples, num_correct, N):
     w is N/n times the unbiased estimate of (1 - p)^(N-1), the chance that N - 1 other tries all fail: the idea of F once
     more. A wrong try weighs 0, and no baseline need be subtracted. With N = 1, w = 1/n: plain REINFORCE.
     Arguments, shapes and errors as in `estimate_pass_at_n`. Source: Walder and Karkhanis 2025, arXiv 2505.15201."""
-    num_correct = torch.as_tensor(num_correct).cpu()
     estimate_pass_at_n(num_samples, num_correct, N)  # for its errors
-    others_solve = estimate_pass_at_n(num_samples - 1, (num_correct - 1).clamp(min=0), N - 1) if N > 1 else 0
-    return (num_correct > 0).double() * N / num_samples * (1 - others_solve)
+    n, c, N = exact(num_samples), exact(num_correct), exact(N)
+    return (c > 0) * N / n * all_fail(n - 1, c - 1, N - 1)
+
+
+def reinforce_loss(is_right, log_pi, N):
+    """What has this estimate for its gradient, from tries: which are right, and their log-probabilities, both (B, n)."""
+    weights = pass_at_n_weights(is_right.shape[1], is_right.sum(dim=1), N)
+    return -(weights[:, None] * is_right * log_pi).sum(dim=1).mean()
 
 
 LOSSES = {  # from the batch's log_p (B,) and N to the number that is minimized
@@ -170,10 +185,10 @@ LOSSES = {  # from the batch's log_p (B,) and N to the number that is minimized
 
 # ==== 3. A small GPT ======================================================================================
 #
-# The usual decoder: token and position embeddings, blocks of attention and MLP, logits for the next token. Attention is
-# written out, to be read; for the shortest texts that is no slower than PyTorch's own. Three things save time and change
-# no number. `last`: where only the last few logits are wanted (the answer's), the last block computes only those. `cache`:
-# sampling keeps the keys and values of past positions instead of computing them anew. And it reads equal prompts once.
+# The usual decoder: token and position embeddings, blocks of attention and MLP, logits for the next token. What tasks need
+# of it are two methods: the probability of a given answer, and sampled answers. Two things save time and change no number.
+# `last`: where only the last few logits are wanted (the answer's), the last block computes only those. `caches`: keys and
+# values of past positions are kept, while sampling, and for texts that begin alike.
 
 
 class Block(nn.Module):
@@ -187,394 +202,168 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(n_embd)
         self.mlp = nn.Sequential(nn.Linear(n_embd, 4 * n_embd), nn.GELU(), nn.Linear(4 * n_embd, n_embd))
 
-    def forward(self, x, mask, cache=None):
-        """x (B, T, C) -> (B, Q, C), its last Q positions. Each looks at those of K where mask (Q, K) is 0, not -inf."""
+    def forward(self, x, last, past=None):
+        """x (B, T, C) -> its last positions (B, last, C), and the keys and values (B, heads, ·, C / heads) of all so far;
+        past: those of the positions before x."""
         def heads(t):  # (B, ·, C) -> (B, heads, ·, C / heads)
-            return t.view(B, -1, self.n_head, C // self.n_head).transpose(1, 2)
+            return t.unflatten(-1, (self.n_head, -1)).transpose(1, 2)
 
-        B, T, C = x.shape
-        Q, K = mask.shape
         normed = self.ln_1(x)
-        q = heads(self.query(normed[:, -Q:]))
-        k, v = map(heads, self.key_value(normed).split(C, dim=-1))
-        if cache is not None:  # keys and values (B, heads, ·, ·); those of the K - T positions before x are in it already
-            keys, values = cache
-            keys[:, :, K - T:K], values[:, :, K - T:K] = k, v
-            k, v = keys[:, :, :K], values[:, :, :K]
-        scores = q * q.shape[-1] ** -0.5 @ k.transpose(-1, -2)
-        attended = (scores + mask).softmax(dim=-1) @ v
-        x = x[:, -Q:] + self.projection(attended.transpose(1, 2).reshape(B, Q, C))
-        return x + self.mlp(self.ln_2(x))
+        q = heads(self.query(normed[:, -last:]))
+        k, v = map(heads, self.key_value(normed).chunk(2, dim=-1))
+        if past is not None:
+            k, v = (torch.cat(parts, dim=2) for parts in zip(past, (k, v)))
+        Q, K = q.shape[2], k.shape[2]
+        sees = torch.ones(Q, K, dtype=torch.bool, device=x.device).tril(K - Q)  # itself, and what is before it
+        attended = scaled_dot_product_attention(q, k, v, attn_mask=sees if Q > 1 else None)
+        x = x[:, -last:] + self.projection(attended.transpose(1, 2).flatten(2))
+        return x + self.mlp(self.ln_2(x)), (k, v)
 
 
 class GPT(nn.Module):
-    def __init__(self, vocab_size, block_size, n_layer=2, n_head=4, n_embd=128):
+    def __init__(self, vocab_size, block_size, n_layer=2, n_head=4, n_embd=64):
         super().__init__()
-        self.n_head, self.n_embd = n_head, n_embd
         self.token_embedding = nn.Embedding(vocab_size, n_embd)
         self.position_embedding = nn.Embedding(block_size, n_embd)
         self.blocks = nn.ModuleList(Block(n_embd, n_head) for _ in range(n_layer))
         self.ln = nn.LayerNorm(n_embd)
         self.head = nn.Linear(n_embd, vocab_size, bias=False)
-        self.register_buffer("causal", torch.full((block_size, block_size), -torch.inf).triu(1), persistent=False)
         for name, parameter in self.named_parameters():
             if parameter.dim() == 2:
                 nn.init.normal_(parameter, std=0.03)  # a little more than GPT-2's, for a smaller model
             elif name.endswith("bias"):
                 nn.init.zeros_(parameter)
 
-    def forward(self, tokens, last=None, cache=None, start=0):
-        """tokens (B, T) int64 -> logits (B, T, vocab_size), or (B, last, vocab_size). With a cache, the tokens stand
-        at positions start … start + T - 1, after those that are in it."""
-        end = start + tokens.shape[1]
-        x = self.token_embedding(tokens) + self.position_embedding.weight[start:end]
+    def forward(self, tokens):
+        """tokens (B, T) int64 -> logits (B, T, vocab_size)."""
+        return self.run(tokens)[0]
+
+    def run(self, tokens, last=0, past=None):
+        """The logits at the last positions of tokens (0: all), and the keys and values of every block, which are the `past`
+        of tokens that follow."""
+        start, present = past[0][0].shape[2] if past else 0, []
+        x = self.token_embedding(tokens) + self.position_embedding.weight[start:start + tokens.shape[1]]
         for i, block in enumerate(self.blocks):
-            first = end - last if last and block is self.blocks[-1] else start  # the first position still wanted
-            x = block(x, self.causal[first:end, :end], None if cache is None else cache[i])
-        return self.head(self.ln(x))
+            x, keys_values = block(x, last if block is self.blocks[-1] else 0, past and past[i])
+            present.append(keys_values)
+        return self.head(self.ln(x)), present
 
+    def log_p(self, prompts, answers, temperature=1.0):
+        """log p(y|x) = Σ_t log p(y_t | x, y_<t) of answers (B, A) to prompts (B, T): (B,), from one forward pass; where
+        several temperatures are given, (temperatures, B). Padding after an answer does not count."""
+        texts = torch.cat([prompts, answers[:, :-1]], dim=1)
+        logits = torch.cat([self.run(some, answers.shape[1])[0] for some in texts.split(250)])
+        log_ps = []
+        for T in torch.as_tensor(temperature).flatten().tolist():
+            losses = cross_entropy(logits.mT / T, answers, ignore_index=PAD, reduction="none")
+            log_ps.append(-losses.sum(dim=1))
+        return log_ps[0] if isinstance(temperature, float) else torch.stack(log_ps)
 
-@torch.no_grad()
-def sample(model, prompts, num_new_tokens, temperature=1.0, generator=None):
-    """Continue prompts (B, T) by sampling each next token from softmax(logits / temperature), greedily at
-    temperature 0. Returns the (B, num_new_tokens) new tokens."""
-    chunk = 1024 if prompts.device.type == "cpu" else 16384  # on a CPU a larger cache is slower
-    if len(prompts) > chunk:
-        chunks = [sample(model, some, num_new_tokens, temperature, generator) for some in prompts.split(chunk)]
-        return torch.cat(chunks)
-    T, device = prompts.shape[1], prompts.device
-    tokens, place = prompts.cpu().unique(dim=0, return_inverse=True)  # each distinct prompt is read once
-    size = 2, len(tokens), model.n_head, T + num_new_tokens, model.n_embd // model.n_head  # 2: keys and values
-    cache = [torch.empty(size, device=device) for _ in model.blocks]
-    logits = model(tokens.to(device), last=1, cache=cache)[place, 0]
-    cache = [(keys[place], values[place].mT.contiguous().mT) for keys, values in cache]  # transposed, they are read faster
-    texts = prompts
-    for start in range(T, T + num_new_tokens):
-        if start > T:
-            logits = model(tokens, last=1, cache=cache, start=start - 1)[:, 0]
-        if temperature == 0:
-            tokens = logits.argmax(dim=-1, keepdim=True)
-        else:
-            tokens = torch.multinomial((logits / temperature).softmax(dim=-1), 1, generator=generator)
-        texts = torch.cat([texts, tokens], dim=1)
-    return texts[:, T:]
+    @torch.no_grad()
+    def sample(self, prompts, length, temperature=1.0):
+        """Answers (B, length) to prompts (B, T), each next token from softmax(logits / temperature), the likeliest one at
+        temperature 0. After END comes padding only."""
+        if len(prompts) > 1024 and prompts.device.type == "cpu":  # a large cache is slower there
+            return torch.cat([self.sample(some, length, temperature) for some in prompts.split(1024)])
+        tokens, place = prompts.unique(dim=0, return_inverse=True)  # equal prompts are read once
+        logits, past = self.run(tokens, 1)
+        logits, past = logits[place], [[part[place] for part in keys_values] for keys_values in past]
+        answers = []
+        for _ in range(length):
+            if answers:
+                logits, past = self.run(answers[-1], 1, past)
+            answers.append(choose((logits / max(temperature, 1e-6)).softmax(dim=-1)))
+        answers = torch.cat(answers, dim=1)
+        is_end = answers == END
+        return answers.masked_fill(is_end.cumsum(dim=1) > is_end.long(), PAD)
 
-# ==== 4. From a model to p ================================================================================
+# ==== 4. Training =========================================================================================
 #
-# Training needs log p of its examples, differentiable; measuring needs p of problems. How to get them depends on what an
-# answer is. So each kind of answers is a class with two duties, `log_p` and `measure`; everything else in it has a default.
-# The rest of this file knows no kind. To add one, write such a class and enter it in `KINDS`; to add a task, write a
-# function and enter it in `TASKS`, and its settings in `SETTINGS`. exercises/language_model.py does all three from outside.
-#
-# One rule holds for every kind. Training pulls on what it is shown, be it an answer, a trace or the step of a proof. F
-# depends on p, the probability that a whole try ends right, by whatever trace or proof. In a proof, say, the gradient comes
-# from one step, and F from the p of the whole theorem. `with_value` joins the two: the loss sees the value, so it takes F
-# from there, and backward follows the step.
-
-EVAL_NS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)  # pass@N is measured for these N, and for the run's own
-COLUMNS = (1, 8, 64, 512)  # figures mark these, and --frontier trains with them
-TEMPERATURES = (1.0, 0.7, 1.3, 1.6, 2.0, 2.5)
-
-
-class Answers:
-    """Short answers, right in one form: one forward pass gives p(y|x) = Π_t p(y_t | x, y_<t), and pass@N follows for every N
-    without sampling; at temperature T, too, with the logits divided by T."""
-    plans = {"both": [{"loss": "ce"}, {"loss": "limited"}],  # what --loss both, --loss all and --frontier train
-             "all": [{"loss": loss} for loss in LOSSES],
-             "frontier": [{"loss": "ce"}, *({"loss": "limited", "N": N} for N in COLUMNS[1:])]}
-    num_measured = 500  # of the training examples
-
-    def __init__(self, task, settings, seed, device):
-        self.task, self.settings, self.device = task, settings, device
-        self.train_subset = torch.arange(task.size)[:self.num_measured]
-        self.generator = torch.Generator(device).manual_seed(seed)
-        self.eval_Ns = sorted({*EVAL_NS, settings["N"], settings["tries"]})
-
-    def new_model(self):
-        s = self.settings
-        return GPT(len(self.task.vocab), self.task.length, s["n_layer"], s["n_head"], s["n_embd"])
-
-    def new_epoch(self, model, epoch, N):
-        """What must be done before an epoch, and before its measurement."""
-
-    def log_p(self, model, batch):
-        """log p of a batch (B,) of training examples, given by their indices: (B,), differentiable."""
-        x, y = (tensor[batch] for tensor in self.task.train)
-        return answer_log_p(answer_logits(model, x, y), y)
-
-    def objective(self, model, batch, loss, N):
-        """The number that training minimizes."""
-        return LOSSES[loss](self.log_p(model, batch), N)
-
-    def problems(self, split):
-        """The prompts and answers that are measured: all test problems, or some training problems."""
-        return self.task.test if split == "test" else [tensor[self.train_subset] for tensor in self.task.train]
-
-    def measure(self, model, split, temperatures):
-        """{temperature: (p, confidence, number of samples)} of the problems of a split.
-
-        p is the probability that a sample is right, confidence that it is the model's own greedy answer, right or wrong:
-        (P,) float64 on the CPU. Where both are exact, the number of samples is None; else they are shares of it."""
-        x, y = self.problems(split)
-        greedy = mask_after_end(sample(model, x, y.shape[1], temperature=0))
-        logits, greedy_logits = answer_logits(model, x, y), answer_logits(model, x, greedy)
-        result = {}
-        for T in temperatures:
-            log_ps = answer_log_p(logits, y, T), answer_log_p(greedy_logits, greedy, T)
-            result[T] = *(log_p.double().exp().cpu() for log_p in log_ps), None
-        return result
-
-    def baselines(self):
-        """{name: N -> pass@N} of baselines that never see the question. Here they are guessers: they know how often each
-        answer is right in training, p, and sample from a policy."""
-        if self.task.answer_frequencies is None:
-            return {}
-        policies = {"guess by frequency": lambda p, N: p, "guess as limited tends": limited_policy,
-                    "guess optimally": optimal_policy}
-        return {name: partial(guess_pass_at_n, self.task, policy) for name, policy in policies.items()}
-
-    def show_tries(self, model, num_tries):
-        """What tries at the first three test problems give: [(problem, number of right tries, tries as text), …]."""
-        x, y = (tensor[:3] for tensor in self.task.test)
-        generator = torch.Generator(x.device).manual_seed(0)
-        tries = sample_traces(model, x, y, num_tries, 1.0, generator)
-        return self.task.as_text(mask_after_end(tries))
-
-
-def answer_logits(model, prompts, answers):
-    """The logits (B, A, vocab_size) that predict the tokens of answers (B, A), each with the right ones before it."""
-    texts = torch.cat([prompts, answers[:, :-1]], dim=1)
-    return torch.cat([model(some, last=answers.shape[1]) for some in texts.split(1000)])
-
-
-def answer_log_p(logits, answers, temperature=1.0, ignore_index=PAD):
-    """log p(y|x) = Σ_t log p(y_t | x, y_<t): (B,), from `answer_logits`. Padding after the answer is ignored."""
-    logits = logits if temperature == 1 else logits / temperature
-    losses = cross_entropy(logits.flatten(0, 1), answers.flatten(), ignore_index=ignore_index, reduction="none")
-    return -losses.view(answers.shape).sum(dim=1)
-
-
-def guess_pass_at_n(task, policy, N):
-    """The test set's pass@N of a guesser who samples from policy(p, N), p the answers' frequencies in training."""
-    q = torch.as_tensor(policy(task.answer_frequencies.numpy(), N))
-    index = task.test_answer_index
-    return pass_at_n(torch.where(index >= 0, q[index], 0.0), N).mean().item()
-
-
-def with_value(log_p, value):
-    """A tensor with log_p's gradient and another value."""
-    return value.detach().to(log_p) + (log_p - log_p.detach())
-
-
-class Traces(Answers):
-    """Reasoning first, then the answer, the last `answer_length` tokens, which alone count. So p sums over all traces, too
-    many to enumerate. In the test, n traces are sampled, c of them are right, and pass@N is estimated.
-
-    Training knows p(the given trace) exactly, from its own forward pass. It adds the share of sampled traces that are right
-    and differ from the given one: `num_traces` for each training problem, anew every `resample_every` epochs."""
-    num_measured = 100
-    num_samples = {1.0: 128, 1.3: 64}  # of each test problem, at each temperature
-
-    def __init__(self, task, settings, seed, device):
-        super().__init__(task, settings, seed, device)
-        self.other_share = torch.zeros(task.size, device=device)
-
-    def new_epoch(self, model, epoch, N):
-        if N > 1 and epoch % self.settings["resample_every"] == 0:
-            x, y = self.task.train
-            traces = sample_traces(model, x, y, self.settings["num_traces"], 1.0, self.generator)
-            is_given = (traces == y[:, None]).all(dim=2)
-            self.other_share = (self.same_answer(traces, y) & ~is_given).float().mean(dim=1)
-
-    def log_p(self, model, batch):
-        given, others = super().log_p(model, batch), self.other_share[batch]
-        p = (given.exp() + others).clamp(max=1)
-        return with_value(given, torch.where(others > 0, p.log(), given))
-
-    def measure(self, model, split, temperatures):
-        x, y = self.problems(split)
-        greedy = sample(model, x, y.shape[1], temperature=0)
-        generator = torch.Generator(x.device).manual_seed(0)  # the same random numbers for every model
-        result = {}
-        for T in [T for T in temperatures if T in self.num_samples]:
-            traces = sample_traces(model, x, y, self.num_samples[T], T, generator)
-            matches = self.same_answer(traces, y), self.same_answer(traces, greedy)
-            p, confidence = (match.double().mean(dim=1).cpu() for match in matches)
-            result[T] = p, confidence, self.num_samples[T]
-        return result
-
-    def same_answer(self, traces, trace):
-        """Which of the traces (P, number, A) end in the same answer as one trace (P, A) does: (P, number)."""
-        return (self.task.final(traces) == self.task.final(trace)[:, None]).all(dim=2)
-
-
-def sample_traces(model, x, y, number, temperature, generator):
-    """(P, number, A) traces for the prompts x (P, T), as long as y (P, A)."""
-    traces = sample(model, x.repeat_interleave(number, dim=0), y.shape[1], temperature, generator)
-    return traces.view(len(x), number, -1)
-
-
-# A theorem has few states that an attempt at it can come to. toy_tasks.py keeps them in a table, a row each: the state as a
-# prompt, the tactics that apply, and the rows that each of these leaves to prove. From the probability of every tactic in
-# every row, the policy, `proof_p` computes p.
-
-
-class Searches(Answers):
-    """Whole attempts at theorems, judged by the kernel; no proof is shown. p, that an attempt succeeds, is exact and
-    differentiable, by dynamic programming, and N counts attempts. The greedy attempt takes the likeliest tactic in every
-    state. The confidence is the probability of all its choices, whether they prove the theorem or not.
-
-    This is reinforcement learning with a verifier. With N = 1 the reward loss is the usual reward, p; a larger N is compared
-    with it. Here the gradient is exact. With `reinforce` it is estimated, from that many attempts at each theorem."""
-    plans = Answers.plans | {"both": [{"loss": "reward", "N": 1}, {"loss": "reward"}],
-                             "frontier": [{"loss": "reward", "N": N} for N in COLUMNS]}
-
-    def __init__(self, task, settings, seed, device):
-        super().__init__(task, settings, seed, device)
-        self.all_theorems = torch.arange(len(task.train.theorems))
-        self.generator = torch.Generator().manual_seed(seed)  # attempts are walked through on the CPU
-
-    def log_p(self, model, batch):
-        table = part_of(self.task.train, batch)
-        return proof_p(tactic_logits(model, table).softmax(dim=1), table).clamp(min=1e-300).log()
-
-    def objective(self, model, batch, loss, N):
-        num_attempts = self.settings.get("reinforce")
-        if not num_attempts:
-            return super().objective(model, batch, loss, N)
-        if loss != "reward":
-            raise ValueError(f"--reinforce estimates the gradient of --loss reward, not of {loss}")
-        table = part_of(self.task.train, batch)
-        log_policy = tactic_logits(model, table).log_softmax(dim=1)
-        is_proved, log_pi = sample_attempts(log_policy, table, num_attempts, self.generator)
-        weights = pass_at_n_weights(num_attempts, is_proved.sum(dim=1), N)
-        return -(weights[:, None] * is_proved * log_pi).sum(dim=1).mean()
-
-    def measure(self, model, split, temperatures):
-        table = self.task.test if split == "test" else part_of(self.task.train, self.all_theorems[:100])
-        logits, result = tactic_logits(model, table), {}
-        for T in temperatures:
-            policy = (logits / T).softmax(dim=1)
-            greedy = policy * one_hot(policy.argmax(dim=1), policy.shape[1])
-            result[T] = proof_p(policy, table), proof_p(greedy, table, failure=1.0), None  # also where it fails
-        return result
-
-    def baselines(self):
-        return {"blind search": lambda N: pass_at_n(self.task.test.blind, N).mean().item()}
-
-    def show_tries(self, model, num_tries):
-        policy = tactic_logits(model, self.task.test).softmax(dim=1)
-        return show_attempts(policy, self.task.test, num_tries, torch.Generator().manual_seed(0))
-
-
-class Steps(Searches):
-    """Imitation of a known proof, step by step: an example is a state of it and the tactic used there. F takes the p of an
-    attempt at the whole theorem, by whatever proof: exact, and computed anew every epoch.
-
-    With `per_step`, the paper's step-wise loss: p is the step's own, and N counts tries at one step."""
-    plans = Answers.plans | {
-        "frontier": Answers.plans["frontier"] + [{"loss": "limited", "N": N, "per_step": True} for N in (2, 4, 8)]}
-    num_measured = 1_000_000  # all
-    theorem_log_p = None
-
-    def new_epoch(self, model, epoch, N):
-        if N > 1 and not self.settings["per_step"]:
-            with torch.no_grad():
-                self.theorem_log_p = super().log_p(model, self.all_theorems)
-
-    def log_p(self, model, batch):
-        theorem, row, tactic = self.task.steps[batch].unbind(dim=1)
-        if self.theorem_log_p is not None and not torch.is_grad_enabled():  # then only the value is wanted
-            return self.theorem_log_p[theorem]
-        step = -cross_entropy(tactic_logits(model, self.task.train, row), tactic, reduction="none")
-        return step if self.theorem_log_p is None else with_value(step, self.theorem_log_p[theorem])
-
-
-def tactic_logits(model, table, rows=slice(None)):
-    """The tactics' logits in the states of a `ProofTable`: (S, vocab_size), float64, -inf where one does not apply."""
-    prompts = table.prompts[rows].to(model.head.weight.device)
-    logits = torch.cat([model(x, last=1)[:, 0] for x in prompts.split(250)])
-    return logits.cpu().double().masked_fill(~table.applicable[rows], -torch.inf)
-
-
-KINDS = {"answers": Answers, "traces": Traces, "searches": Searches, "steps": Steps}
-
-# ==== 5. Training =========================================================================================
-#
-# One loop for every loss and kind, and the same settings for every loss. Each is a flag, as in --learning-rate 3e-3.
+# One loop for every loss and task. A task, in toy_tasks.py, gives it three things: log p of training examples,
+# differentiable; p of all test problems, from which pass@N follows for every N; and tries, to look at. Training pulls on
+# what the task shows, be it an answer, a trace or the step of a proof, and F depends on p of a whole try.
 #
 # F gets small, but never zero, and Adam divides a gradient by its own recent size: when all gradients are small, it makes
 # full-size steps of them, and p drifts on. Two things hold it back. Adam's `eps`, far above the usual 1e-8, leaves small
-# gradients small. And training passes over an example that N tries already solve (F < 0.1: p beyond about 4/N), as the
-# paper's own code does: those that still pull wait until they fill a batch, and only then is an update made. On multiply,
-# training p ends near 5/N, since updates for other examples carry it a little further.
+# gradients small. And training passes over an example that N tries already solve (F < 0.1: p beyond about 3.6/N), as the
+# paper's own code does: gradients add up, and an update is made only when as many examples have pulled as fill a batch. On
+# products, training p ends near 5/N, since updates for other examples carry it a little further.
 
-DEFAULTS = {
-    "N": 64,  # tries that the loss trains for
-    "tries": 64,  # tries that tables and figures show
-    "epochs": 100,
-    "evaluations": 10,  # how often to measure, roughly; equally far apart
-    "batch_size": 50,
-    "learning_rate": 3e-3,  # at its peak
-    "weight_decay": 0.0,
-    "eps": 1e-3,  # Adam's
-    "pass_over": 0.1,  # the limited loss passes over examples with F(N, p) below this; 0: over none
-    "n_layer": 2,
-    "n_head": 4,
-    "n_embd": 64,  # the width
-}
-SETTINGS = {
-    "multiply": DEFAULTS | {"batch_size": 100, "learning_rate": 2e-3},
-    "cot": DEFAULTS | {"epochs": 80, "evaluations": 8, "num_traces": 32, "resample_every": 2},
-    "prove": DEFAULTS | {"epochs": 40, "per_step": False},
-    "search": DEFAULTS | {"epochs": 8, "evaluations": 8, "batch_size": 10, "reinforce": 0},
-    "math": DEFAULTS | {"epochs": 8, "evaluations": 8, "learning_rate": 2e-3, "n_embd": 128, "math_dir": ""},
+SETTINGS = {  # of all tasks: {name: (default, what it is)}. Each is a flag, as in --learning-rate 3e-3
+    "loss": (["ce", "limited"], "one or more of the losses"),
+    "N": ([64], "tries that a loss trains for, one number or more; cross-entropy's is 1"),
+    "seed": (0, "of the problems, the first weights and all chance"),
+    "epochs": (100, "times that training goes through its examples"),
+    "evaluations": (10, "how often to measure, roughly, at equal distances"),
+    "batch_size": (50, "examples that pull in one update"),
+    "learning_rate": (3e-3, "at its peak"),
+    "weight_decay": (0.0, "AdamW's"),
+    "eps": (1e-3, "Adam's"),
+    "pass_over": (0.1, "the limited loss passes over examples with F(N, p) below this; 0: over none"),
+    "n_layer": (2, "blocks of the model"),
+    "n_head": (4, "attention heads"),
+    "n_embd": (64, "width of the model"),
 }
 
 
-def train(task, loss="limited", N=None, seed=0, device="cpu", out=None, place=0, **changes):
-    """Train a new model on a task, and measure it as it learns. Returns the run, a dictionary (see the README), and the
-    model. `changes` are to the task's `SETTINGS`: epochs=10. Cross-entropy is trained with N = 1, whatever is given.
+def train(task, loss="limited", N=64, seed=0, out=None, device="cpu", tries=64, place=0, **changes):
+    """Train a new model on a task, given by its name, and measure it as it learns. Returns the run, a dictionary (see the
+    README), and the model. `changes` are to the task's settings: epochs=10. In the folder `out`, if given, the run is saved.
 
-    Into the folder `out`, if given, the run is saved: as *.partial after every evaluation, as *.json at the end. `place` is
-    the line of its progress bar. Raises FloatingPointError where training diverges."""
-    settings = SETTINGS[task.name] | changes
-    settings["N"] = N or settings["N"]
-    train_N = 1 if loss == "ce" else settings["N"]
-    torch.manual_seed(seed)  # the same first weights and the same order of examples for every loss
-    order = torch.Generator().manual_seed(seed)
-    kind = KINDS[task.kind](task.to(device), settings, seed, device)
-    model = kind.new_model().to(device)
-    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.99), eps=settings["eps"],
-                                  weight_decay=settings["weight_decay"], fused=True)
-    epochs, batch_size = settings["epochs"], settings["batch_size"]
-    num_batches = math.ceil(task.size / batch_size)
-    run = new_run(kind, loss, train_N, seed)
-    name = f"{run['label']}, seed {seed}"
-    waiting, updates, start = torch.empty(0, dtype=torch.long), 0, time.perf_counter()
+    `tries` are those of the best guesser among the baselines, `place` is the line of the progress bar. Raises ValueError
+    where a setting does not fit, and FloatingPointError where training diverges."""
+    config = configure(task, loss, N, seed, **changes)
+    for name, value in changes.items():
+        require(config[name] == value, f"{name} does nothing for the loss {loss}; leave it out")
+    c = SimpleNamespace(**config)
+    torch.manual_seed(seed)
+    problems = TASKS[task](seed, **{name: config[name] for name in TASKS[task].about}).to(device)
+    model = problems.new_model(GPT, n_layer=c.n_layer, n_head=c.n_head, n_embd=c.n_embd).to(device)
+    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.99), eps=c.eps,
+                                  weight_decay=c.weight_decay, fused=device != "mps")
+    run = new_run(task, config, problems, tries)
+    order = torch.Generator().manual_seed(seed)  # the same for every loss
+    is_solved = torch.zeros(problems.size, dtype=torch.bool)  # by N tries, when last seen
+    num_pulled, updates, start = 0, 0, time.perf_counter()
 
-    with tqdm(None, name, epochs * num_batches, leave=False, position=place, disable=sys.stderr is None) as bar:
-        for epoch in range(epochs + 1):
-            kind.new_epoch(model, epoch, train_N)
-            if epoch in evaluated_epochs(settings):
-                record = {"epoch": epoch, "updates": updates} | evaluate(run, kind, model, loss, train_N)
-                record["seconds"] = round(time.perf_counter() - start, 2)
-                run["history"].append(record)
-                save(run, out, finished=epoch == epochs)
-                bar.set_postfix_str(f"loss {record['loss']:.2f}, {updates} updates")
-            if epoch == epochs:
-                return run, model
-            for i, candidates in enumerate(torch.randperm(task.size, generator=order).split(batch_size)):
-                for group in optimizer.param_groups:
-                    group["lr"] = settings["learning_rate"] * schedule((epoch + i / num_batches) / epochs)
-                waiting = torch.cat([waiting, still_pulling(kind, model, candidates, loss, train_N)])
-                if len(waiting) >= len(candidates):  # a full batch; an epoch's last is smaller
-                    batch, waiting = waiting[:batch_size], waiting[batch_size:]
-                    optimizer.zero_grad()
-                    kind.objective(model, batch, loss, train_N).backward()
-                    optimizer.step()
-                    updates += 1
-                bar.update()
+    def pulling(log_p, examples):  # those that are not solved; the others are passed over
+        if c.loss == "limited":
+            is_solved[examples] = overconfidence_factor(log_p.detach(), c.N).cpu() < c.pass_over
+        return log_p[~is_solved[examples]]
+
+    for epoch in tqdm(range(c.epochs + 1), f"{run['label']}, seed {seed}", leave=False, position=place):
+        is_last = epoch == c.epochs
+        is_measured = is_last or epoch % math.ceil(c.epochs / c.evaluations) == 0
+        if is_measured or c.loss != "ce":
+            problems.refresh(model)
+        if is_measured:
+            record = {"epoch": epoch, "updates": updates, "seconds": time.perf_counter() - start}
+            run["history"].append(record | evaluate(problems, model, c.loss, c.N))
+            run["tries"] = problems.show_tries(model, 64)
+            save(run, out, is_last)
+        if is_last:
+            return run, model
+        if is_solved.any():
+            again = is_solved.nonzero()[:, 0]
+            pulling(look(problems, model, again), again)
+        examples = torch.randperm(problems.size, generator=order)
+        examples = examples[~is_solved[examples]]
+        for first in range(0, len(examples), c.batch_size):
+            batch = examples[first:first + c.batch_size]
+            if problems.reinforce:
+                objective, number = reinforce_loss(*problems.sample_tries(model, batch), c.N), len(batch)
+            else:
+                log_p = pulling(problems.log_p(model, batch), batch)
+                objective, number = LOSSES[c.loss](log_p, c.N), len(log_p)
+            if number > 0:
+                (objective * number / c.batch_size).backward()  # adds to the gradients
+            num_pulled += number
+            if num_pulled >= c.batch_size:
+                progress = (epoch + first / len(examples)) / c.epochs
+                optimizer.param_groups[0]["lr"] = c.learning_rate * schedule(progress)
+                optimizer.step()
+                optimizer.zero_grad()
+                num_pulled, updates = num_pulled - c.batch_size, updates + 1
 
 
 def schedule(progress):
@@ -584,165 +373,142 @@ def schedule(progress):
 
 
 @torch.no_grad()
-def still_pulling(kind, model, batch, loss, N):
-    """Those examples of a batch that N tries do not solve yet: F(N, p) >= `pass_over`. The others are passed over."""
-    threshold = kind.settings["pass_over"]
-    if loss != "limited" or N == 1 or threshold == 0:
-        return batch
-    factor = overconfidence_factor(kind.log_p(model, batch), N)
-    return batch[factor.cpu() >= threshold]
-
-
-def evaluated_epochs(settings):
-    interval = math.ceil(settings["epochs"] / settings["evaluations"])
-    return [*range(0, settings["epochs"], interval or 1), settings["epochs"]]
+def look(problems, model, examples):
+    """log p of training examples, as it is now."""
+    return torch.cat([problems.log_p(model, some) for some in examples.split(250)])
 
 
 @torch.no_grad()
-def evaluate(run, kind, model, loss, N):
-    """Measure the model: what a record of the run's history holds. The run itself gets p and confidence of every test
-    problem, now and in the best epoch so far, and tries at the first three."""
-    if not all(parameter.isfinite().all() for parameter in model.parameters()):
+def evaluate(problems, model, loss, N):
+    """The loss and the mean p of training examples; of the test problems the mean confidence, and p of each."""
+    log_p = look(problems, model, torch.arange(problems.size)[:problems.num_measured])
+    p, confidence = problems.measure(model)
+    if any(values.isnan().any() for values in (log_p, p, confidence)):
         raise FloatingPointError("diverged: try a smaller --learning-rate or --weight-decay")
-    loss_value = LOSSES[loss](kind.log_p(model, kind.train_subset), N).item()
-    measured = kind.measure(model, "test", TEMPERATURES)
-    by_temperature = {f"{T:g}": means(*measured[T], kind.eval_Ns) for T in measured}
-    test, goal = by_temperature["1"], f"pass@{kind.settings['tries']}"
-    train = means(*kind.measure(model, "train", [1.0])[1.0], kind.eval_Ns)
-    if goal not in test:
-        raise ValueError(f"{goal} cannot be estimated from so few samples: give fewer --tries")
-    p, confidence, _ = measured[1.0]
-    problems = {"p": p.tolist(), "confidence": confidence.tolist()}
-    best_before = max((record["test"][goal] for record in run["history"]), default=0)
-    if test[goal] >= best_before:
-        run["problems"]["best"] = problems
-    run["problems"] |= problems
-    run["example"] = kind.show_tries(model, 64)
-    return {"loss": loss_value, "test": test, "train": train, "tempered": by_temperature}
+    rounded = [[float(f"{value:.6g}") for value in values] for values in p.tolist()]
+    return {"loss": LOSSES[loss](log_p, N).item(), "train_p": log_p.exp().mean().item(),
+            "confidence": confidence.mean().item(), "p": rounded}
 
 
-def means(p, confidence, num_samples, eval_Ns):
-    """{"pass@1": …, "confidence": …, "log_p": …}: means over problems, from what `measure` gives for one temperature. With
-    samples there is no log p, and no pass@N for more tries than samples."""
-    if num_samples:
-        num_right = (p * num_samples).round()
-        values = {f"pass@{n}": estimate_pass_at_n(num_samples, num_right, n) for n in eval_Ns if n <= num_samples}
-    else:
-        values = {f"pass@{n}": pass_at_n(p, n) for n in eval_Ns} | {"log_p": p.clamp(min=1e-300).log()}
-    values["confidence"] = confidence
-    return {name: value.mean().item() for name, value in values.items()}
+def settings_of(task):
+    """{name: (default, what it is)}: the settings of all tasks, and the task's own, which are over them."""
+    require(task in TASKS, f"{task} is no task: choose from {', '.join(TASKS)}")
+    arguments = inspect.signature(TASKS[task]).parameters
+    settings = SETTINGS | {name: (arguments[name].default, about) for name, about in TASKS[task].about.items()}
+    return settings | {name: (default, settings[name][1]) for name, default in TASKS[task].settings.items()}
 
 
-def new_run(kind, loss, N, seed):
-    """An empty run. Its label and the name of its file are made here, once."""
-    task, settings, usual = kind.task, kind.settings, SETTINGS[kind.task.name]
-    changes = [f"{name}={value}" for name, value in settings.items()  # texts are paths: `data` names the data set
-               if value != usual.get(name) and name not in ("N", "tries") and not isinstance(value, str)]
-    loss_name = "cross-entropy" if loss == "ce" else f"{loss} N={N}"
-    label = ", ".join([loss_name, *changes])
-    data = [f"data={task.data}"] * bool(task.data)
-    file = "-".join([task.name, loss, f"N{N}", *data, *changes, f"seed{seed}"])
-    config = settings | {"N": N, "device": kind.device, "data": task.data}
-    features = {name: values.tolist() for name, values in task.features.items()}
-    rivals = {name: {f"pass@{n}": baseline(n) for n in kind.eval_Ns} for name, baseline in kind.baselines().items()}
-    return dict(task=task.name, loss=loss, N=N, seed=seed, label=label, file=file, config=config,
-                history=[], problems=features, rivals=rivals)
+def configure(task, loss, N, seed, **changes):
+    """All settings of a run. A change that would do nothing is not made. Raises ValueError where one does not fit."""
+    if loss == "ce" or (loss, N) == ("limited", 1):
+        loss, N = "ce", 1  # the limited loss with N = 1 is cross-entropy, which has no other N
+    settings, only_for = settings_of(task), {"pass_over": ["limited"]} | TASKS[task].only_for
+    config, changes = {}, changes | {"loss": loss, "N": N, "seed": seed}
+    require(loss in LOSSES, f"{loss} is no loss: choose from {', '.join(LOSSES)}")
+    for name in changes:
+        require(name in settings, f"{name} is no setting of the task {task}; leave it out")
+    for name, (default, _) in settings.items():
+        value = changes.get(name, default) if loss in only_for.get(name, [loss]) else default
+        if not isinstance(value, str):
+            kind = int if name == "N" else type(default)
+            low = 1 if kind is int and default and name != "epochs" else 0
+            require(low <= value <= 1_000_000 and kind(value) == value,
+                    f"{name} = {value}: give {kind.__name__} from {low} to 1,000,000")
+            value = kind(value)
+        config[name] = value
+    require(config["n_embd"] % config["n_head"] == 0, "n_embd must be a multiple of n_head")
+    require(N <= (config.get("reinforce") or N), f"reinforce: pass@{N} cannot be estimated from fewer than {N} tries")
+    return config
 
 
-def save(run, out, finished):
-    """Write a run as JSON, whole or not at all: to a new file, which then takes the old one's name. An unfinished run is
-    *.partial, of a name that no other process writes."""
+def new_run(task, config, problems, tries):
+    """A run that has measured nothing yet. Its label has what is not as usual. Paths are no part of it: `data` tells one
+    data set from another."""
+    usual, loss, N = settings_of(task), config["loss"], config["N"]
+    own = {name: value for name, value in config.items() if name not in ("N", "seed") and not isinstance(value, str)}
+    changed = [f"{name}={value}" for name, value in own.items() if value != usual[name][0]]
+    label = ", ".join(["cross-entropy" if loss == "ce" else f"{loss} N={N}", *changed])
+    baselines = problems.baselines | (guessers(problems, tries) if problems.frequencies else {})
+    return {"task": task, "loss": loss, "N": N, "seed": config["seed"], "label": label,
+            "config": own | {"data": problems.data}, "num_samples": problems.num_samples,
+            "temperatures": problems.temperatures, "history": [], "baselines": baselines}
+
+
+def save(run, out, is_finished):
+    """Write a run, whole or not at all: to a new file, which then takes the old one's place. Until it is finished, that is
+    *.partial, of a name that no other process writes. Refused where there is a run of other settings, as before an edit of
+    this file, or of other data."""
     if out is None:
         return
-    Path(out).mkdir(parents=True, exist_ok=True)
-    path = Path(out) / f"{run['file']}-{os.getpid()}.partial"
-    new = path.with_suffix(".new")
+    name = f"{run['task']}-{run['label']}-seed{run['seed']}".replace(", ", "-").replace(" ", "-")
+    path, partial, new = (Path(out, name + end) for end in (".json", f"-{os.getpid()}.partial", f"-{os.getpid()}.new"))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text, config = (json.dumps(part, separators=(",", ":")) for part in (run, run["config"]))
+    require(not path.exists() or config in path.read_text(encoding="utf-8"),
+            f"{path} has other settings or data: remove it, or give another folder")
     try:
-        new.write_text(json.dumps(run), encoding="utf-8")
-    except OSError:  # a full disk
-        new.unlink(missing_ok=True)
-        raise
-    new.replace(path)
-    if finished:
-        path.replace(Path(out) / f"{run['file']}.json")
+        new.write_text(text, encoding="utf-8")
+        new.replace(path if is_finished else partial)
+    finally:
+        new.unlink(missing_ok=True)  # what a full disk has left
+    for old in path.parent.glob(f"{glob.escape(name)}-*.partial") if is_finished else ():
+        old.unlink(missing_ok=True)
 
-# ==== 6. Theory ===========================================================================================
+# ==== 5. Theory ===========================================================================================
 #
 # Why does each loss do what it does? Where a question has one answer that can be learned, cross-entropy learns it by heart,
 # to p = 1, and the limited loss's pull fades around 1/N. Where the answer stays uncertain, the losses' optima differ. To see
-# that, take the network away. Let there be many questions alike, whose text tells nothing: answer i is right in a share p_i
-# of them. (In this section, then, p belongs to the questions, and q is what the model gives each answer.) A policy q
+# that, take the network away. Let there be many questions that the model cannot tell apart: answer i is right in a share
+# p_i of them. (In this section, then, p belongs to the questions, and q is what the model gives each answer.) A policy q
 # reaches pass@N = Σ_i p_i (1 - (1 - q_i)^N). Which q is best, and where does each loss lead? Cross-entropy is least where
-# q = p, whatever N is.
+# q = p, whatever N is. In general, a little more of q goes to the answer where it gains most. At the optimum all answers
+# that are kept gain the same, λ, and one that gets nothing would gain less: the Lagrangian's derivative is zero.
 
 
 def optimal_policy(p, N):
-    """The policy q that maximizes pass@N = Σ_i p_i (1 - (1 - q_i)^N) over Σ_i q_i = 1. The reward loss tends to it, since
-    it is -log of this sum.
+    """The policy q that maximizes pass@N over Σ_i q_i = 1, and where the reward loss tends, which is minus pass@N.
 
-    For an answer that is kept, the Lagrangian's derivative is zero, N p_i (1 - q_i)^(N-1) = N λ. The others get nothing:
-        q_i = max(0, 1 - (λ / p_i)^(1/(N-1))),
-    water-filling: the larger N, the flatter. With N = 1 all of q is on the likeliest answer; if several are, they share it
-    equally.
-    p: (K,) numbers from 0 on, not all 0 (their scale does not matter). Returns (K,), float64 numpy, sum 1. Raises
-    ValueError for any other p, and for N < 1."""
-    p = check_answers(p, N)
-    if N == 1:
-        best = p == p.max()
-        return best / best.sum()
-
-    def policy(x):  # x: -log λ
-        return -np.expm1(np.minimum(0, -(x + log_p) / (N - 1)))
-
-    with np.errstate(divide="ignore"):
-        log_p = np.log(p)
-    return with_sum_1(policy, -log_p.max(), 40 * (N - 1) - log_p.max())  # at the ends all q are 0, and one is 1
+    The gain is N p_i (1 - q_i)^(N-1), so q_i = max(0, 1 - (λ / p_i)^(1/(N-1))): water-filling. The larger N, the flatter.
+    With N = 1 all of q is on the likeliest answer; if several are, they share it equally.
+    p: (K,) numbers from 0 on, not all 0 (their scale does not matter). Returns (K,), float64 numpy, sum 1. Raises ValueError
+    for any other p, and for N < 1."""
+    return with_equal_gains(lambda q, N: max(N - 1, 1e-9) * np.log1p(-q), p, N)
 
 
 def limited_policy(p, N):
     """The policy q that minimizes the limited loss, Σ_i p_i L_N(q_i) over Σ_i q_i = 1: where that loss tends.
 
-    The derivative of the Lagrangian is zero where, for every i,
-        N p_i (1 - q_i)^(N-1) / (1 - (1 - q_i)^N) = λ,    that is    p_i F(N, q_i) / q_i = λ.
-    Where q_i ≪ 1/N, F is 1 and q_i = p_i / λ, in proportion, as cross-entropy has it (for N = 1 everywhere: q = p). Beyond
-    1/N, q_i is held back. The logarithm gives no possible answer up.
-    p: (K,) numbers from 0 on, not all 0. Returns (K,), float64 numpy, sum 1 within 1e-9. Raises ValueError as above."""
-    p = check_answers(p, N)
-    if N == 1:
-        return p / p.sum()
-    log_ratio = np.log(p[p > 0]) - np.log(p.max())
-
-    # With v = -N log(1 - q), the equation's logarithm is (1 - 1/N) v + log(1 - e^(-v)) = log(N p / λ). The left side is
-    # concave and grows with v, so Newton's method finds v for a given λ, and bisection finds λ.
-    def policy(s):  # s: log(N p / λ) of the likeliest answer
-        target = s + log_ratio
-        v = np.logaddexp(0, target)  # the solution for N → ∞, never too large
-        for _ in range(8):
-            left = (1 - 1 / N) * v + np.log(-np.expm1(-v))
-            slope = 1 - 1 / N + np.exp(-v) / -np.expm1(-v)
-            v += (target - left) / slope
-        return -np.expm1(-v / N)
-
-    low = math.log(-math.expm1(-N / len(log_ratio))) - 1  # here all q are below 1/K
-    q = np.zeros_like(p)
-    q[p > 0] = with_sum_1(policy, low, 40.0 * N)
-    return q
+    The gain is p_i F(N, q_i) / q_i. Where q_i ≪ 1/N, F is 1 and q_i = p_i / λ, in proportion, as cross-entropy has it (for
+    N = 1 everywhere: q = p). Beyond 1/N, q_i is held back. The logarithm gives no possible answer up.
+    Arguments, result and errors as in `optimal_policy`."""
+    return with_equal_gains(lambda q, N: (N - 1) * np.log1p(-q) - np.log(pass_at_n(q, N).numpy()), p, N)
 
 
-def with_sum_1(policy, low, high):
-    """policy(x) for the x between low and high at which it sums to 1, by bisection; the sum grows with x."""
+def with_equal_gains(log_gain, p, N):
+    """The q with sum 1 for which log p + log_gain(q) is the same, log λ, wherever q > 0. Since the gain falls with q, a table
+    of it gives q for any λ (to eight digits), and bisection finds log λ."""
+    p, N = np.asarray(p, dtype=np.float64), number_of_tries(N).item()
+    require(p.ndim == 1 and np.isfinite(p).all() and (p >= 0).all() and p.any(), "p is a row of numbers from 0 on, not all 0")
+    q = 1 / (1 + np.exp(-np.linspace(-60, 36, 200_000)))
+    table = log_gain(q, N)
+    with np.errstate(divide="ignore"):
+        log_p = np.log(p / p.max())
+    low, high = table[-1], 60.0
     for _ in range(100):
         middle = (low + high) / 2
-        low, high = (middle, high) if policy(middle).sum() < 1 else (low, middle)
-    return policy(high)
+        policy = np.interp(middle - log_p, table[::-1], q[::-1], right=0)
+        low, high = (low, middle) if policy.sum() < 1 else (middle, high)
+    return policy / policy.sum()
 
 
-def check_answers(p, N):
-    p = np.asarray(p, dtype=np.float64)
-    check_tries(N)
-    if p.ndim != 1 or not np.isfinite(p).all() or (p < 0).any() or not p.any():
-        raise ValueError("p is a row of numbers from 0 on, not all 0")
-    return p
+def guessers(problems, N):
+    """{name: p of the test problems} of guessers who never see the question. They know how often each answer is right in
+    training, and sample from a policy."""
+    p = [*problems.frequencies.values()]
+    policies = {"guess by frequency": p, f"guess as limited N={N} tends": limited_policy(p, N),
+                f"guess best for {N} tries": optimal_policy(p, N)}
+    by_answer = {name: dict(zip(problems.frequencies, q)) for name, q in policies.items()}
+    return {name: [q.get(answer, 0.0) for answer in problems.test_answers] for name, q in by_answer.items()}
 
 
 def confident_pass_at_n(c, N, a, K):
@@ -750,227 +516,216 @@ def confident_pass_at_n(c, N, a, K):
     probability a, and spreads the rest evenly over the K - 1 others:
         pass@N(c) = a (1 - (1 - c)^N) + (1 - a) (1 - (1 - (1 - c) / (K - 1))^N).
     At c = 1 that is a for every N: no amount of sampling helps. c: a number or an array."""
-    other = (1 - torch.as_tensor(c)) / (K - 1)
-    return a * pass_at_n(c, N) + (1 - a) * pass_at_n(other, N)
+    return a * pass_at_n(c, N) + (1 - a) * pass_at_n((1 - c) / (K - 1), N)
 
-
-# ==== 7. Tables and figures ===============================================================================
+# ==== 6. Table and figures ================================================================================
 #
-# All from the saved runs. Nothing here is needed to understand the rest.
+# All from the saved runs: they hold p of every test problem, and so pass@N for every N. Nothing here is needed to understand
+# the rest.
 
-COLORS = ["#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]  # for the colour-blind (Okabe, Ito)
-STYLE = {"axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False, "savefig.dpi": 110}
+COLUMNS = (1, 8, 64, 512)  # numbers of tries that figures mark, and that --frontier trains for
+COLORS = {"ce": "#D55E00", "limited": "#0072B2", "reward": "#009E73"}  # for the colour-blind (Okabe, Ito)
 
 
-def load_runs(out, task_name, data, N):
-    """The task's finished runs in a folder, on one data set: a list of rows, each a list of runs that differ in the seed
-    only, with their numbers as arrays. A file with anything wrong is named and left out."""
-    rows = defaultdict(list)
-    for path in sorted(Path(out).glob(f"{task_name}-*.json")):
+def pass_at(run, N):
+    """pass@N in the test: (epochs, temperatures), the first temperature 1. Where p is a share of samples, it is estimated,
+    and nan if they are too few."""
+    p, n = torch.tensor([record["p"] for record in run["history"]], dtype=torch.float64), run["num_samples"]
+    if n is None:
+        each = pass_at_n(p, N)
+    else:
+        each = estimate_pass_at_n(n, (n * p).round(), N) if N <= n else math.nan * p
+    return each.mean(dim=2).numpy()
+
+
+def load_runs(out, task):
+    """A task's finished runs in a folder: rows, each a list of runs that differ in the seed only, cross-entropy first. A file
+    with anything wrong is named and left out."""
+    rows = {}
+    for path in sorted(Path(out).glob(f"{task}-*.json")):
         try:
-            run = json.loads(path.read_text(encoding="utf-8"))
-            if (run["task"], run["config"]["data"]) == (task_name, data):
-                run |= arrays_of(run, N)
-                settings = [item for item in run["config"].items() if item[0] != "tries" and not isinstance(item[1], str)]
-                place = run["loss"] != "ce", run["loss"], run["N"], run["label"]  # cross-entropy first
-                rows[*place, repr(settings), run["pass_at"].shape].append(run)
+            run = json.loads(path.read_text(encoding="utf-8"), parse_constant=int)  # which refuses NaN
+            if run["task"] == task:
+                with contextlib.redirect_stdout(io.StringIO()):  # can it be shown?
+                    print_table([[run]], 1)
+                    print_tries([[run]])
+                rows.setdefault(row_of(run), []).append(run)
         except Exception as error:  # whatever it is, the other runs must not suffer
             print(f"left out {path}, which is no run of this version ({error!r}); remove it", file=sys.stderr)
     return [rows[key] for key in sorted(rows)]
 
 
-def arrays_of(run, N):
-    """A run's numbers as arrays: "pass_at" (epochs, temperatures, N), for `EVAL_NS` and at last N, nan where not measured,
-    the first temperature 1; "confidence" and "train p" (epochs,); and "baselines" (·, N)."""
-    def pass_at(values):
-        return [values.get(f"pass@{n}", math.nan) for n in (*EVAL_NS, N)]
-
-    history = run["history"]
-    if [record["epoch"] for record in history] != evaluated_epochs(run["config"]):
-        raise ValueError("its epochs are not those of its settings")
-    arrays = {"pass_at": [[*map(pass_at, record["tempered"].values())] for record in history],
-              "confidence": [record["test"]["confidence"] for record in history],
-              "train p": [record["train"]["pass@1"] for record in history],
-              "baselines": [*map(pass_at, run["rivals"].values())]}
-    return {name: np.array(values, dtype=np.float64) for name, values in arrays.items()}
+def row_of(run):
+    """What runs of one row have in common."""
+    shape = np.shape(run["history"][0]["p"])  # (temperatures, problems)
+    require(all(len(p) == shape[1] for p in run["baselines"].values()), "a baseline is of other problems")
+    alike = [run["config"], [*run["baselines"]], [record["epoch"] for record in run["history"]], shape]
+    return run["loss"] != "ce", run["loss"] + "", run["N"] + 0 * run["seed"], run["label"] + "", json.dumps(alike)
 
 
-def stack(row, name):
-    return np.stack([run[name] for run in row])
+def stack(row, N):
+    """pass@N of a row's runs: (seeds, epochs, temperatures)."""
+    return np.array([pass_at(run, N) for run in row])
 
 
-def best(pass_at):
-    """pass@N of each seed in its best epoch and at the best of the given temperatures, from (seeds, epochs, temperatures, N)
-    for the last N. These are chosen on the test set itself, which flatters them."""
-    return np.fmax.reduce(pass_at[..., -1], axis=(1, 2))
-
-
-def mean_and_error(values):
+def over_seeds(values):
     """Mean and standard error over the first axis, the seeds; an error of 0 where there is only one."""
     deviation = np.std(values, axis=0, ddof=len(values) > 1)
     return np.mean(values, axis=0), deviation / math.sqrt(len(values))
 
 
+def baselines_of(rows):
+    """{name: p (seeds, problems)}, of the row with the most seeds."""
+    most = max(rows, key=len)
+    return {name: torch.tensor([run["baselines"][name] for run in most]) for name in most[0]["baselines"]}
+
+
 def print_table(rows, N):
     """A line for each loss and its settings, at the end of training, and for the baselines: mean over the seeds ± standard
-    error. In the last two columns stands pass@N in the best epoch, and at the best temperature too."""
-    shown, lines = sorted({1, 8, N}), []
-    at = [(*EVAL_NS, N).index(n) for n in shown]
+    error. In the last two columns stands pass@N in the best epoch, and at the best temperature too. These are chosen on the
+    test set itself, which flatters them."""
+    Ns, lines = sorted({1, 8, N}), []
     for row in rows:
-        pass_at, confidence = stack(row, "pass_at"), stack(row, "confidence")[:, -1]
-        values = pass_at[:, -1, 0, at], confidence, best(pass_at[:, :, :1]), best(pass_at)
-        lines.append((row[0]["label"], np.column_stack(values)))
-    most = max(rows, key=len)
-    lines += [(name, stack(most, "baselines")[:, i, at]) for i, name in enumerate(most[0]["rivals"])]
-    width = max(len(label) for label, _ in lines)
-    headers = [*(f"pass@{n}" for n in shown), "confidence", f"best@{N}", "& best T"]
-    print(" " * width + " seeds" + "".join(f"{header:>11}" for header in headers))
-    for label, values in lines:
-        cells = [f"{mean:.3f}±{error:.3f}".replace("0.", ".") if len(values) > 1 else f"{mean:.3f}"
-                 for mean, error in zip(*mean_and_error(values))]
-        print(f"{label:{width}}{len(values):6}" + "".join(f"{cell:>11}" for cell in cells))
+        sure = [run["history"][-1]["confidence"] for run in row]
+        best = stack(row, N)[:, :, 0].max(axis=1), stack(row, N).max(axis=(1, 2))
+        lines.append((row[0]["label"], [*(stack(row, n)[:, -1, 0] for n in Ns), sure, *best]))
+    for name, p in baselines_of(rows).items():
+        lines.append((name, [pass_at_n(p, n).mean(dim=1).numpy() for n in Ns]))
+    width = max(len(name) for name, _ in lines)
+    headers = [f"pass@{n}" for n in Ns] + ["confidence", f"best@{N}", "& best T"]
+    print(" " * width, "seeds", *(header.rjust(10) for header in headers))
+    for name, columns in lines:
+        cells = []
+        for mean, error in map(over_seeds, columns):
+            cell = f"{mean:.3f}" + f"±{error:.3f}" * (len(columns[0]) > 1)
+            cells.append(cell.replace("0.", ".").rjust(10))
+        print(name.ljust(width), f"{len(columns[0]):5}", *cells)
 
 
 def print_tries(rows):
     """What 64 tries at the first three test problems gave under each loss: overconfidence to the naked eye."""
     print("64 tries at the first three test problems:")
-    runs = [run for row in rows for run in row if run["seed"] == rows[0][0]["seed"]]
-    for same_problem in zip(*(run["example"] for run in runs)):
+    for same_problem in zip(*(row[0]["tries"] for row in rows)):
         print(same_problem[0][0])
-        for run, (_, num_right, tries) in zip(runs, same_problem):
-            commonest = ", ".join(f"{count} × {text}" for text, count in Counter(tries).most_common(4))
-            print(f"  {run['label']}: {num_right} right; {commonest}")
+        for row, (_, num_right, tries) in zip(rows, same_problem):
+            counts = Counter(tries)
+            commonest = ", ".join(f"{count} × {text}" for text, count in counts.most_common(4))
+            print(f"  {row[0]['label']}: {num_right} right, {len(counts)} different; {commonest}")
+
+
+def color_of(loss, N):
+    """A colour belongs to a loss; it is paler for fewer tries."""
+    return COLORS.get(loss, "#CC79A7"), 1.0 if loss == "ce" else 0.4 + math.log2(N) / 15
 
 
 def draw(rows, N, path):
     """The main figure: what each loss does to pass@1, pass@N and confidence as training goes on, and pass@N at its end."""
-    figure = new_figure((11, 8.5))
-    (pass_1, pass_N), (confidence, tries) = figure.subplots(2, 2)
-    for row, color in zip(rows, COLORS * len(rows)):
-        epochs, pass_at = evaluated_epochs(row[0]["config"]), stack(row, "pass_at")
-        plot_runs(pass_1, epochs, pass_at[:, :, 0, 0], color, label=row[0]["label"])
-        plot_runs(pass_N, epochs, pass_at[:, :, 0, -1], color)
-        plot_runs(confidence, epochs, stack(row, "confidence"), color)
-        plot_runs(confidence, epochs, stack(row, "train p"), color, linestyle="--")
-        plot_runs(tries, EVAL_NS, pass_at[:, -1, 0, :-1], color)
-    pass_at, label = stack(rows[0], "pass_at"), rows[0][0]["label"]
-    pass_N.axhline(best(pass_at[:, :, :1]).mean(), color=COLORS[0], linestyle="--", label=f"{label}: best epoch")
-    pass_N.axhline(best(pass_at).mean(), color=COLORS[0], linestyle=":", label=f"{label}: best epoch and temperature")
-    most = max(rows, key=len)
-    baselines = stack(most, "baselines").mean(axis=0)
-    for name, values, linestyle in zip(most[0]["rivals"], baselines, (":", "--", "-.")):
-        tries.plot(EVAL_NS, values[:-1], color="grey", linestyle=linestyle, label=name)
-    confidence.axhline(1 / N, color="grey", linewidth=1)
-    confidence.text(epochs[-1], 0.9 / N, f"1/N = 1/{N}", color="grey", ha="right", va="top")
-    for axis in (pass_1, pass_N, confidence):
-        axis.set(xlabel="epoch", ylabel="share of test problems")
-    pass_1.set(title="pass@1", ylim=(0, None))
-    pass_N.set(title=f"pass@{N}", ylim=(0, 1))
-    confidence.set(title="confidence in the test, and p in training (dashed)", ylabel="probability",
-                   yscale="log", ylim=(1e-3, 1.2))
-    tries.set(title="pass@N at the end", xlabel="tries N", ylabel="share of test problems", ylim=(0, 1), xscale="log")
+    import matplotlib.pyplot as plt  # here, since it takes a while
+    figure, axes = plt.subplots(2, 2, figsize=(11, 8.5), layout="constrained")
+    pass_1, pass_N, confidence, tries = axes.flat
+    Ns, drawn = 2 ** np.arange(10), Counter()
+    for row in rows:
+        color = color_of(row[0]["loss"], row[0]["N"])
+        style = ("-", "--", "-.", ":")[drawn[color] % 4]  # of other settings
+        drawn[color] += 1
+        epochs = [record["epoch"] for record in row[0]["history"]]
+        sure = [[record["confidence"] for record in run["history"]] for run in row]
+        at_end = np.transpose([stack(row, n)[:, -1, 0] for n in Ns])
+        curves = stack(row, 1)[:, :, 0], stack(row, N)[:, :, 0], sure, at_end
+        for axis, values in zip(axes.flat, curves):
+            mean, error = over_seeds(values)
+            xs = Ns if axis is tries else epochs
+            axis.plot(xs, mean, style, color=color, label=row[0]["label"])
+            axis.fill_between(xs, mean - error, mean + error, color=color[0], alpha=0.2, linewidth=0)
+    label, best = rows[0][0]["label"], stack(rows[0], N)
+    pass_N.axhline(best[:, :, 0].max(axis=1).mean(), color="grey", linestyle="--", label=f"{label}: best epoch")
+    pass_N.axhline(best.max(axis=(1, 2)).mean(), color="grey", linestyle=":", label=f"{label}: best epoch and temperature")
+    confidence.axhline(1 / N, color="grey", label=f"1/N = 1/{N}")
+    pass_N.legend(handles=pass_N.lines[-2:], loc="lower right")
+    confidence.legend(handles=confidence.lines[-1:], loc="upper left")
+    for (name, p), style in zip(baselines_of(rows).items(), (":", "--", "-.")):
+        tries.plot(Ns, [pass_at_n(p, n).mean() for n in Ns], style, color="grey", label=name)
+    tries.legend()
+    for axis, title in zip(axes.flat, ("pass@1", f"pass@{N}", "confidence: p of the greedy answer", "pass@N at the end")):
+        axis.set(title=title, xlabel="epoch", ylim=(0, None if axis is pass_1 else 1))
+    tries.set(xlabel="tries N", xscale="log")
     tries.set_xticks(COLUMNS, COLUMNS)
-    tries.minorticks_off()
-    figure.legend(loc="outside upper center", ncols=2)
-    figure.supxlabel("lines: mean over the seeds; bands: ± one standard error", fontsize="medium")
-    save_and_show(figure, path)
-
-
-def new_figure(size):
-    import matplotlib.figure  # here, since it takes a while
-    matplotlib.rcParams.update(STYLE)
-    return matplotlib.figure.Figure(figsize=size, layout="constrained")
-
-
-def plot_runs(axis, xs, values, color, **style):
-    """The mean of values (seeds, xs) with a band of one standard error."""
-    mean, error = mean_and_error(values)
-    axis.plot(xs, mean, color=color, **style)
-    axis.fill_between(xs, mean - error, mean + error, color=color, alpha=0.2, linewidth=0)
+    figure.supxlabel("lines: mean over test problems and seeds; bands: ± one standard error over seeds")
+    figure.savefig(path, dpi=110)
+    print(f"Figure: {path}")
 
 
 def draw_theory(N, path):
     """The theory in three panels, in the order of the argument."""
-    figure = new_figure((15, 4.6))
-    factor, policies, confidence = figure.subplots(1, 3)
-    x, a, K = np.logspace(-5, -0.001, 400), 0.1, 500
-    c = np.geomspace(1 / K, 1 - 1e-9, 1000)
-    for n, color in zip(COLUMNS, COLORS):
-        factor.plot(x, overconfidence_factor(torch.tensor(x).log(), n), color=color, label=f"N = {n}")
+    import matplotlib.pyplot as plt
+    figure, (factor, policies, confidence) = plt.subplots(1, 3, figsize=(15, 4.6), layout="constrained")
+    log_p, a, K = torch.linspace(-11, 0, 400), 0.1, 500
+    c = np.geomspace(1 / K, 1, 1000)
+    for n in COLUMNS:
+        color, grey = color_of("ce" if n == 1 else "limited", n), f"{0.75 - math.log2(n) / 12}"
+        factor.plot(log_p.exp(), overconfidence_factor(log_p, n), color=color, label=f"N = {n}")
         factor.axvline(1 / n, color=color, linestyle=":")
-        pass_at = confident_pass_at_n(c, n, a, K)
-        confidence.plot(c, pass_at, color=color, label=f"N = {n}")
-        confidence.plot(c[pass_at.argmax()], pass_at.max(), "o", color=color, markeredgecolor="white")
-    p = 1 / np.arange(1, 101) ** 1.2  # one uncertain question: 100 answers, the r-th likeliest with p ~ r^-1.2
-    p /= p.sum()
-    tends_to = {"cross-entropy: q = p": p, "limited loss": limited_policy(p, N),
-                "reward loss, best for pass@N": optimal_policy(p, N)}
-    for (name, q), color, linestyle in zip(tends_to.items(), COLORS, ("-", "--", "-.")):
-        policies.plot(np.flatnonzero(q) + 1, q[q > 0], color=color, linestyle=linestyle, label=name)
-    policies.axhline(1 / N, color="grey", linestyle=":")
-    policies.text(100, 1.08 / N, f"1/N = 1/{N}", color="grey", ha="right")
-    factor.set(title="(a) The pull fades beyond p = 1/N (dotted)", xscale="log",
+        pass_at_c = confident_pass_at_n(c, n, a, K)
+        confidence.plot(c, pass_at_c, color=grey, label=f"N = {n}")
+        confidence.plot(c[pass_at_c.argmax()], pass_at_c.max(), "o", color=grey)
+    rank = np.arange(1, 101)  # one uncertain question: 100 answers, the r-th likeliest with p ~ r^-1.2
+    p = rank**-1.2 / (rank**-1.2).sum()
+    for loss, style, q, name in (("ce", "-", p, "cross-entropy: q = p"), ("limited", "--", limited_policy(p, N), "limited loss"),
+                                 ("reward", "-.", optimal_policy(p, N), "reward loss, best for pass@N")):
+        policies.plot(rank[q > 0], q[q > 0], style, color=COLORS[loss], label=name)
+    policies.axhline(1 / N, color="grey", linestyle=":", label=f"1/N = 1/{N}")
+    factor.set(title="(a) The pull fades beyond p = 1/N (dotted)",
                xlabel="p, probability that one try is right", ylabel="overconfidence factor F(N, p)")
-    policies.set(title=f"(b) Where each loss tends on an uncertain question, N = {N}", xscale="log", yscale="log",
+    policies.set(title=f"(b) Where each loss tends on an uncertain question, N = {N}", yscale="log",
                  xlabel="answer, by rank", ylabel="probability q given to the answer")
-    confidence.set(title="(c) The best confidence (dot) falls as N grows", xscale="log",
+    confidence.set(title="(c) The best confidence (dot) falls as N grows",
                    xlabel=f"confidence c in an answer right with probability {a}", ylabel="pass@N")
     for axis in (factor, policies, confidence):
+        axis.set(xscale="log")
         axis.legend()
-    save_and_show(figure, path)
-
-
-def save_and_show(figure, path):
-    """Save a figure and say where it is; in a notebook, show it."""
-    figure.savefig(path)
+    figure.savefig(path, dpi=110)
     print(f"Figure: {path}")
-    if "ipykernel" in sys.modules:
-        from IPython.display import Image, display
-        display(Image(path))
 
 
-# ==== 8. Command line =====================================================================================
-
-
-OPTIONS = {"task": "multiply", "loss": "both", "frontier": False, "theory": False, "seed": 0, "seeds": 1, "device": "auto",
-           "out": "out"}
-HELP = {"loss": "both: cross-entropy and the limited loss; for search, the reward loss with N = 1 and with N; all: every loss",
-        "frontier": "train with N = 1, 8, 64 and 512", "theory": "train nothing: draw why each loss does what it does",
-        "seeds": "train with that many seeds, from --seed on", "out": "the folder for runs and figures"}
+# ==== 7. Command line =====================================================================================
 
 
 def parse_arguments(argv):
-    """The options and, as `settings`, all settings of the task. Refuses wrong and useless flags."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
-    parser.error = fail
+    """The options, with `jobs`: the arguments of `train` for every run, seed by seed. Refuses wrong and useless flags."""
     devices = ["cpu", *["mps"] * torch.backends.mps.is_available(), *["cuda"] * torch.cuda.is_available()]
-    choices = {"task": TASKS, "loss": ["both", "all", *LOSSES], "device": ["auto", *devices]}
-    flags = {name: value for settings in SETTINGS.values() for name, value in settings.items()}
-    for name, value in (OPTIONS | flags).items():
-        takes = {"action": "store_true"} if value is False else {"type": type(value), "choices": choices.get(name)}
-        hint = HELP.get(name, f"default {value}")
-        parser.add_argument(flag_of(name), default=argparse.SUPPRESS, help=hint, **takes)
-    given = vars(parser.parse_args(argv))
-    args = argparse.Namespace(**OPTIONS | given)
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.error = fail
+    add, tries = parser.add_argument, parser.add_mutually_exclusive_group().add_argument
+    add("--task", choices=TASKS, default=[*TASKS][0], help="what to train on; the defaults below are its own")
+    tries("--frontier", dest="N", action="store_const", const=[*COLUMNS], help="short for --N 1 8 64 512")
+    add("--seeds", type=int, default=1, help="train with that many seeds, from --seed on")
+    add("--tries", type=int, default=64, help="N of the table and the figure (default: 64)")
+    add("--theory", action="store_true", help="train nothing: draw why each loss does what it does")
+    add("--device", choices=["auto", *devices], default="auto", help="auto: cuda, or else cpu")
+    add("--out", default="out", help="the folder for runs and figures")
+    task = parser.parse_known_args(argv)[0].task
+    add("-h", "--help", action="help", help="show this")
+    settings = settings_of(task)
+    for name, (default, about) in settings.items():
+        takes = {"action": "store_true"} if default is False else {"type": type(default)}
+        if isinstance(default, list):
+            takes = {"type": type(default[0]), "nargs": "+"}
+        (tries if name == "N" else add)(f"--{name.replace('_', '-')}", default=argparse.SUPPRESS,
+                                        help=f"{about} (default: {default})", **takes)
+    args = parser.parse_args(argv)
+    given = {name: value for name, value in vars(args).items() if name in settings and value is not None}
+    require(not args.theory or args.seeds == 1 and {*given} <= {"N"}, "--theory trains nothing: of the settings give --N alone")
+    loss, args.N, seed = (given.pop(name, settings[name][0]) for name in ("loss", "N", "seed"))
+    most = TASKS[task].num_samples or 1_000_000
+    require(1 <= args.tries <= most and 1 <= args.seeds, f"give --tries from 1 to {most:,}, and --seeds from 1")
+    runs = product(range(seed, seed + args.seeds), loss, args.N)
+    configs = {str(config): config for config in (configure(task, loss, N, seed, **given) for seed, loss, N in runs)}.values()
     for name, value in given.items():
-        flag = flag_of(name)
-        if name in flags and name not in SETTINGS[args.task]:
-            fail(f"{flag} does not fit --task {args.task}; leave it out")
-        if args.theory and name not in ("theory", "N", "out") or args.frontier and name in ("loss", "N", "per_step"):
-            fail(f"{flag} would be ignored beside --theory or --frontier; leave it out")
-        low = 0 if isinstance(value, float) or name in ("seed", "epochs", "reinforce") else 1
-        if isinstance(value, (int, float)) and not low <= value <= 1_000_000:
-            fail(f"{flag} {value}: give a number from {low} to 1,000,000")
-    args.settings = SETTINGS[args.task] | {name: given[name] for name in given if name in flags}
-    if args.settings.get("n_embd", 0) % args.settings.get("n_head", 1):
-        fail("--n-embd must be a multiple of --n-head")
-    if args.device == "auto":
-        args.device = devices[-1]
+        require(value in [config[name] for config in configs], f"{name} does nothing for these losses; leave it out")
+    shared = {"task": task, "out": args.out, "tries": args.tries}
+    shared["device"] = args.device.replace("auto", "cuda" if "cuda" in devices else "cpu")
+    args.jobs = [config | shared | {"place": i % os.cpu_count()} for i, config in enumerate(configs)]
     return args
-
-
-def flag_of(name):
-    return f"--{name.replace('_', '-')}"
 
 
 def fail(message):
@@ -978,74 +733,83 @@ def fail(message):
     sys.exit(2)
 
 
-def jobs(args):
-    """The arguments of `train` for every run, seed by seed."""
-    for seed in range(args.seed, args.seed + args.seeds):
-        paths = {name: value for name, value in args.settings.items() if isinstance(value, str)}
-        task = TASKS[args.task](seed, **paths)
-        plan = "frontier" if args.frontier else args.loss
-        for place, changes in enumerate(KINDS[task.kind].plans.get(plan, [{"loss": args.loss}])):
-            yield args.settings | changes | dict(task=task, seed=seed, device=args.device, out=args.out, place=place)
-
-
 def run_job(job):
-    """One run, on one thread. Returns it, or None where its training diverged."""
-    torch.set_num_threads(1)  # more gain little for models this small, and fight with whatever else is running
+    """One run, on one thread: more gain little for models this small, and fight with whatever else is running. Returns
+    whether it was finished."""
+    torch.set_num_threads(1)
     try:
         run, _ = train(**job)
-    except FloatingPointError as error:
-        print(f"{job['loss']} N={job['N']}, seed {job['seed']} {error}", file=sys.stderr)
-        return None
-    print(f"{run['history'][-1]['seconds']:.0f} s, saved in {Path(job['out'], run['file'])}.json", file=sys.stderr)
-    return run
+    except (FloatingPointError, RuntimeError, MemoryError) as error:
+        print(f"{name_of(job)}: {(str(error).strip() or repr(error)).splitlines()[0]}", file=sys.stderr)
+        return False
+    print(f"{run['label']}, seed {run['seed']}: {run['history'][-1]['seconds']:.0f} s", file=sys.stderr)
+    return True
 
 
-def run_side_by_side(args):
-    """The runs, as they end: on a CPU as many at a time as it has cores, each in a process of its own."""
-    if args.device != "cpu" or os.cpu_count() == 1 or (args.loss in LOSSES and args.seeds == 1):
-        return [*map(run_job, jobs(args))]
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(os.cpu_count(), context, signal.signal, (signal.SIGINT, signal.SIG_DFL)) as pool:
+def name_of(job):
+    return f"{job['loss']} N={job['N']}, seed {job['seed']}"
+
+
+def run_in_process(job):
+    """The same in a process of its own."""
+    process = multiprocessing.get_context("spawn").Process(target=run_until_orphaned, args=(job,))
+    process.start()
+    process.join()
+    if process.exitcode < 0:
+        print(f"{name_of(job)}: killed, perhaps for want of memory", file=sys.stderr)
+    return process.exitcode == 0
+
+
+def run_until_orphaned(job):
+    """The same, but end with the parent, however that ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends this process
+    tqdm.set_lock(threading.RLock())  # one that leaves nothing behind
+    parent = multiprocessing.parent_process()
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+    sys.exit(not run_job(job))
+
+
+def run_all(jobs):
+    """Whether each job was finished. On a CPU as many run at a time as it has cores."""
+    if len(jobs) == 1 or jobs[0]["device"] != "cpu" or os.cpu_count() == 1:
+        return [*map(run_job, jobs)]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
         try:
-            return [future.result() for future in as_completed([pool.submit(run_job, job) for job in jobs(args)])]
-        except BaseException:  # Ctrl-C, or a run that failed, ends all
+            return [*pool.map(run_in_process, jobs)]
+        finally:  # Ctrl-C ends all
+            pool.shutdown(wait=False, cancel_futures=True)
             for process in multiprocessing.active_children():
                 process.terminate()
-            raise
-
-
-def report(args, run):
-    """The figure and the table of all finished runs of the run's task."""
-    N = args.settings["tries"]
-    rows = load_runs(args.out, run["task"], run["config"]["data"], N)
-    draw(rows, N, Path(args.out) / f"{run['task']}{'-frontier' * args.frontier}.png")
-    print_table(rows, N)
-    print_tries(rows)
 
 
 def main(argv=None):
     """Train and report, or draw the theory. Returns the exit status."""
     for stream in (sys.stdout, sys.stderr):  # some consoles cannot print →
         getattr(stream, "reconfigure", lambda **_: None)(errors="replace")
-    args = parse_arguments(argv)
+    out = Path("out")
     try:
-        Path(args.out).mkdir(parents=True, exist_ok=True)
+        args = parse_arguments(argv)
+        out = Path(args.out)
+        out.mkdir(parents=True, exist_ok=True)
         if args.theory:
-            draw_theory(args.settings["N"], Path(args.out) / "theory.png")
+            draw_theory(args.N[-1], out / "theory.png")
             return 0
-        runs = run_side_by_side(args)
-        if any(runs):
-            report(args, next(filter(None, runs)))
-        return 0 if all(runs) else 2
+        finished = run_all(args.jobs)
+        rows = load_runs(out, args.task)
+        if rows:
+            draw(rows, args.tries, out / f"{args.task}.png")
+            print_table(rows, args.tries)
+            print_tries(rows)
+        return 0 if all(finished) else 2
     except KeyboardInterrupt:
-        print(f"\nInterrupted. In {args.out} are the finished runs, *.json, and what was measured of others, *.partial.",
+        print(f"\nInterrupted. In {out} are the finished runs, *.json, and what was measured of others, *.partial.",
               file=sys.stderr)
         return 130
     except BrokenPipeError:  # whoever read the output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except OSError as error:
-        fail(f"{error.filename or args.out}: {error.strerror}; what was saved before is kept")
+        fail(f"{error.filename or out}: {error.strerror}; what was saved before is kept")
     except ValueError as error:
         fail(error)
 

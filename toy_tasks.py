@@ -1,140 +1,235 @@
-"""The tasks: problems with one right answer each, as tokens.
+"""The tasks, and what a try is in each of them.
 
-A task is what passn.py sees of the world: a vocabulary, and for training and for testing a matrix of prompts (padded in
-front, so that every answer starts in the same column) and one of answers (padded at the end), or a table of proofs.
-`TASKS`, at the end, lists them. How a task's answers are trained and measured is in section 4 of passn.py.
+multiply  37*58= -> 2146                 a short answer: its probability p is exact, from one forward pass
+math      a question of MATH -> an integer: the same
+cot       37*58: -> 1850+0296=2146       working, then the answer, which alone counts: p is estimated from samples
+prove     imitate a proof of a theorem, step by step: p of a whole attempt is exact, by dynamic programming
+search    the theorems of prove, without proofs: the same p, and training pulls on it directly
+
+Training knows a task by what the class `Task` has, and nothing else. To add one, write a class like `Multiply` and enter
+it in `TASKS`; exercises/language_model.py does so from outside.
 """
 
 import hashlib
 import json
+import random
 import re
-import sys
-from collections import Counter
+from collections import Counter, defaultdict
 from functools import lru_cache
 from math import inf, prod
 from pathlib import Path
-from random import Random
 from typing import NamedTuple
 
 import torch
-from tqdm import tqdm
 
 PAD, END = 0, 1  # the first two tokens of every vocabulary: padding, and "the answer ends here"
 
 
-class Task(NamedTuple):
-    name: str
-    kind: str  # of its answers: a name in passn.py's KINDS
-    size: int  # the number of training examples
-    vocab: list  # vocab[token] is the token's text
-    length: int  # tokens of a prompt and its answer together
-    train: tuple  # prompts (P, prompt length) and answers (P, answer length), int64; of theorems a `ProofTable`
-    test: tuple  # the same
-    answer_length: int = 0  # of a reasoning trace: how many of its last tokens are the answer, which alone counts
-    steps: torch.Tensor | None = None  # of known proofs: (n, 3), each step's theorem, row in the table, and tactic
-    answer_frequencies: torch.Tensor | None = None  # (A,) where answers can be guessed: how often each is right in training
-    test_answer_index: torch.Tensor | None = None  # (P,) the test answers' indices in these, -1 where not among them
-    data: str = ""  # which data set the problems are from, where they are not made here
-    features: dict = {}  # {name: (P,)} what else is known of the test problems
+def require(condition, message):
+    if not condition:
+        raise ValueError(message)
+
+
+def choose(p):
+    """One index for each row of p (…, K), drawn with these probabilities."""
+    return (p / torch.empty_like(p).exponential_()).argmax(dim=-1)  # the first of K clocks to ring, at rates p
+
+
+class Task:
+    """Problems with one short right answer each, as tokens: prompts (P, T), padded in front, and answers (P, A), padded
+    at the end.
+
+    Of a model it wants `log_p(prompts, answers, temperature)` and `sample(prompts, length, temperature)`. The arguments
+    of a task's class, but for the seed, are settings of its own."""
+    settings = {}  # where they differ from the usual ones
+    about = {"num_train": "training problems", "num_test": "test problems"}  # what its own settings are
+    only_for = {}  # the losses for which a setting does something, where it does not for all
+    temperatures = (1.0, 0.7, 1.3, 1.6, 2.0, 2.5)  # at which the test problems are measured
+    num_samples = None  # of each test problem, where p is not exact but a share of them
+    counts = slice(None)  # the part of an answer that counts
+    reinforce = 0  # tries at each problem, where the gradient is estimated from `sample_tries`
+    baselines = {}  # {name: p of the test problems}
+    num_measured = 500  # of the training examples
+    frequencies = None  # of the answers in training (K,), where they can be guessed
+    data = ""  # which data set the problems are from, where they are not made here
+
+    def __init__(self, vocab, train, test):
+        self.vocab = vocab  # vocab[token] is the token's text
+        self.train, self.test = train, test  # prompts and answers
+        self.size = len(train[0])
+        self.block_size = train[0].shape[1] + train[1].shape[1]
 
     def to(self, device):
-        """The same task with its prompts and answers on a device. Tables of proofs stay where they are."""
-        move = lambda split: split if isinstance(split, ProofTable) else tuple(tensor.to(device) for tensor in split)
-        return self._replace(train=move(self.train), test=move(self.test))
+        self.train, self.test = ([part.to(device) for part in split] for split in (self.train, self.test))
+        return self
 
-    def final(self, answers):
-        """What counts of answers (…, answer length)."""
-        return answers[..., -self.answer_length or None:]
+    def new_model(self, GPT, **shape):
+        return GPT(len(self.vocab), self.block_size, **shape)
+
+    def refresh(self, model):
+        """What must be done before an epoch whose loss depends on p, so that `log_p` has the right value. Here nothing."""
+
+    def log_p(self, model, batch):
+        """log p of training examples, given by their numbers (B,): (B,), differentiable."""
+        prompts, answers = (part[batch] for part in self.train)
+        return model.log_p(prompts, answers)
+
+    def measure(self, model):
+        """Of the test problems p, (temperatures, P), and the confidence, (P,): the probability of the model's own
+        greedy answer, right or wrong."""
+        prompts, answers = self.test
+        greedy = model.sample(prompts, answers.shape[1], temperature=0)
+        p = model.log_p(prompts, answers, self.temperatures).exp()
+        return p, model.log_p(prompts, greedy).exp()
+
+    def show_tries(self, model, number):
+        """What tries at the first three test problems give: [[problem with its answer, how many are right, tries], …]."""
+        prompts, answers = (part[:3] for part in self.test)
+        return self.as_text(prompts, answers, sample_many(model, prompts, answers.shape[1], number))
+
+    def as_text(self, prompts, answers, tries):
+        shown = []
+        for prompt, answer, own in zip(prompts, answers, tries):
+            right = self.text(answer[self.counts])
+            texts = [self.text(tokens[self.counts]) or "nothing" for tokens in own]
+            shown.append([self.text(prompt) + right, texts.count(right), texts])
+        return shown
 
     def text(self, tokens):
         return "".join(self.vocab[token] for token in tokens if token > END)
 
-    def as_text(self, tries):
-        """Tries at the first test problems (P, number, answer length): [(problem, number right, tries as text), …]."""
-        result = []
-        for prompt, answer, own in zip(*self.test, tries):
-            right = self.text(self.final(answer))
-            texts = [self.text(self.final(tokens)) or "nothing" for tokens in own]
-            result.append((self.text(prompt) + right, texts.count(right), texts))
-        return result
+
+def sample_many(model, prompts, length, number, temperature=1.0):
+    """(P, number, length) tries at each of P prompts."""
+    tries = model.sample(prompts.repeat_interleave(number, dim=0), length, temperature)
+    return tries.view(len(prompts), number, length)
 
 
-def mask_after_end(sampled, end=END, filling=PAD):
-    """Sampled tokens (…, A), with filling after the first end token: what follows it is no part of the answer."""
-    is_end = sampled == end
-    return sampled.masked_fill(is_end.cumsum(dim=-1) - is_end.long() > 0, filling)
+def with_value(log_p, value):
+    """A tensor with log_p's gradient and another value: a loss takes its weight from the value, and pulls on what log_p
+    is of."""
+    return value.detach().to(log_p) + log_p - log_p.detach()
+
+
+def encode(texts, vocab):
+    """Texts (strings, or lists of words) of equal length -> tokens (number of texts, length)."""
+    token = {text: i for i, text in enumerate(vocab)}
+    return torch.tensor([[token[piece] for piece in text] for text in texts])
 
 
 # ---- multiply: 37*58= -> 2146, with no working shown -----------------------------------------------------------------
 
 
-def multiply(seed=0, num_train=2000, num_test=1000):
+class Multiply(Task):
     """Products of two two-digit numbers. No test problem is a training problem, not even with its factors swapped."""
-    vocab = ["<pad>", "<end>", *"0123456789*="]
-    pairs, _ = factors(seed, num_train + num_test)
-    prompts = encode([f"{a}*{b}=" for a, b in pairs.tolist()], vocab)
-    answers = encode([f"{a * b:04d}" for a, b in pairs.tolist()], vocab)
-    return Task("multiply", "answers", num_train, vocab, 6 + 4, (prompts[:num_train], answers[:num_train]),
-                (prompts[num_train:], answers[num_train:]))
+    settings = {"batch_size": 100, "learning_rate": 2e-3}
+
+    def __init__(self, seed=0, num_train=2000, num_test=1000):
+        pairs = factors(seed, num_train, num_test)
+        prompts = [f"{a}*{b}=" for a, b in pairs]
+        answers = [f"{a * b:04d}" for a, b in pairs]
+        vocab = ["<pad>", "<end>", *"0123456789*="]
+        super().__init__(vocab, *split(prompts, answers, vocab, num_train))
 
 
-def factors(seed, number):
-    """`number` random pairs of two-digit numbers (number, 2), no pair twice, even if swapped; and the generator."""
-    pairs = torch.combinations(torch.arange(10, 100), with_replacement=True)  # a <= b: 4,095 of them
-    generator = torch.Generator().manual_seed(seed)
-    pairs = pairs[torch.randperm(len(pairs), generator=generator)[:number]]
-    swap = torch.rand(len(pairs), generator=generator) < 0.5
-    pairs[swap] = pairs[swap].flip(1)
-    return pairs, generator
+def factors(seed, num_train, num_test):
+    """Random pairs of two-digit numbers, no pair twice, even if swapped."""
+    pick = random.Random(seed)
+    pairs = [(a, b) for a in range(10, 100) for b in range(10, a + 1)]
+    number = num_train + num_test
+    require(number <= len(pairs), f"--num-train and --num-test: there are {len(pairs)} problems in all")
+    return [pick.sample(pair, 2) for pair in pick.sample(pairs, number)]
+
+
+def split(prompts, answers, vocab, num_train):
+    """Prompts and answers as tokens: those for training, and those for testing."""
+    both = encode(prompts, vocab), encode(answers, vocab)
+    return [part[:num_train] for part in both], [part[num_train:] for part in both]
 
 
 # ---- cot: 37*58: -> 1850+0296=2146, multiplication with its working (a chain of thought) -----------------------------
 
 
-def cot(seed=0, num_train=500, num_test=300):
-    """The products of `multiply`, each answered by a trace: the two partial products in either order, and their sum.
-    Each training problem has one trace, in an order drawn once; whatever ends in the right sum is right."""
-    vocab = ["<pad>", "<end>", *"0123456789*:+="]
-    pairs, generator = factors(seed, num_train + num_test)
-    units_first = (torch.rand(len(pairs), generator=generator) < 0.5).tolist()
-    traces = []
-    for (a, b), swap in zip(pairs.tolist(), units_first):
-        partial = [a * (b - b % 10), a * (b % 10)]
-        first, second = partial[::-1] if swap else partial
-        traces.append(f"{first:04d}+{second:04d}={a * b:04d}")
-    prompts, answers = encode([f"{a}*{b}:" for a, b in pairs.tolist()], vocab), encode(traces, vocab)
-    return Task("cot", "traces", num_train, vocab, 6 + 14, (prompts[:num_train], answers[:num_train]),
-                (prompts[num_train:], answers[num_train:]), answer_length=4)
+class Traces(Task):
+    """The products of `multiply`, each answered by a trace: the two partial products in either order, and their sum,
+    the last four tokens, which alone count. So p sums over all traces, too many to enumerate: in the test, 128 are
+    sampled, and pass@N is estimated from those that are right.
+
+    Training knows p(the given trace) exactly, and adds the share of sampled traces that are right and differ from it:
+    `num_traces` for each training problem, anew every `resample_every` epochs."""
+    settings = {"epochs": 80, "evaluations": 8}
+    about = Task.about | {"num_traces": "sampled for each training problem", "resample_every": "so many epochs"}
+    only_for = {"num_traces": ["limited", "reward"], "resample_every": ["limited", "reward"]}
+    temperatures = 1.0, 1.3
+    num_samples = 128
+    counts = slice(-4, None)
+
+    def __init__(self, seed=0, num_train=500, num_test=300, num_traces=32, resample_every=2):
+        pairs = factors(seed, num_train, num_test)
+        pick, traces = random.Random(seed), []
+        for a, b in pairs:
+            first, second = pick.sample([a * (b - b % 10), a * (b % 10)], 2)
+            traces.append(f"{first:04d}+{second:04d}={a * b:04d}")
+        vocab = ["<pad>", "<end>", *"0123456789*:+="]
+        super().__init__(vocab, *split([f"{a}*{b}:" for a, b in pairs], traces, vocab, num_train))
+        self.num_traces, self.resample_every, self.num_refreshed = num_traces, resample_every, 0
+
+    def refresh(self, model):
+        prompts, given = self.train
+        if self.num_refreshed % self.resample_every == 0:
+            traces = sample_many(model, prompts, given.shape[1], self.num_traces)
+            is_given = (traces == given[:, None]).all(dim=2)
+            self.share_of_others = (self.same_answer(traces, given) & ~is_given).float().mean(dim=1)
+        self.num_refreshed += 1
+
+    def log_p(self, model, batch):
+        given, others = super().log_p(model, batch), self.share_of_others[batch]
+        p = (given.exp() + others).clamp(max=1)
+        return with_value(given, torch.where(others > 0, p.log(), given))
+
+    def measure(self, model):
+        prompts, right = self.test
+        greedy = model.sample(prompts, right.shape[1], temperature=0)
+        p = []
+        for T in self.temperatures:
+            traces = sample_many(model, prompts, right.shape[1], self.num_samples, T)
+            p.append(self.same_answer(traces, right).float().mean(dim=1))
+            if T == 1:
+                confidence = self.same_answer(traces, greedy).float().mean(dim=1)
+        return torch.stack(p), confidence
+
+    def same_answer(self, traces, trace):
+        """Which of the traces (P, number, A) end in the same answer as one trace (P, A) does: (P, number)."""
+        return (traces[..., self.counts] == trace[:, None, self.counts]).all(dim=2)
 
 
-# ---- prove: theorems of implicational logic, one tactic at a time ----------------------------------------------------
+# ---- prove and search: theorems of implicational logic, one tactic at a time -----------------------------------------
 #
 # A formula is an atom ("a") or an implication, a pair (premise, conclusion). A state of a proof is a pair too: the
-# hypotheses, a tuple of formulas numbered from 1, and the goal, a formula. A theorem is the state a proof starts from.
-# A tactic is a number: 0 is `intro`, k is `apply k`. Everything goes through `apply_tactic`, the kernel: what it takes
-# to the end is proved, whoever chose the tactics.
+# hypotheses, a tuple of formulas with the names A, B, C …, and the goal, a formula. A theorem is the state a proof
+# starts from. A tactic is a letter: "i" for `intro`, or the name of the hypothesis to apply. Everything goes through
+# `apply_tactic`, the kernel: what it takes to the end is proved, whoever chose the tactics.
 
-ATOMS = "abcde"
+ATOMS, NAMES = "abcde", "ABCDEFGHIJKLM"
+TACTICS = "i" + NAMES
+PROOF_VOCAB = ["<pad>", "<end>", *TACTICS, *ATOMS, *"()⊢"]
+FIRST_TACTIC = PROOF_VOCAB.index("i")
 MAX_DEPTH = 6  # an attempt that has used so many tactics on one branch of the proof gives up
 MAX_BLIND = 0.02  # theorems that blind search proves more often are too easy
-MAX_PROMPT = 64  # tokens
-PROVE_VOCAB = ["<pad>", "<end>", "intro", *map(str, range(1, 9 + len(ATOMS))), *ATOMS, "(", ")", "⊢"]
-FIRST_TACTIC = 2  # the token of tactic k is FIRST_TACTIC + k: `intro`, or a hypothesis's number
+MAX_HYPOTHESES, MAX_GOAL = 61, 3  # tokens
 
 
 def apply_tactic(state, tactic):
     """The subgoals that a tactic leaves to prove, () where it ends the proof; None if it does not apply.
-    intro: the goal A→B becomes B, with A among the hypotheses. apply k, where hypothesis k is A1→…→An→goal: the subgoals
-    are A1 … An, under the same hypotheses (n = 0: it is the goal itself)."""
+    i: the goal A→B becomes B, with A among the hypotheses. A hypothesis A1→…→An→goal leaves A1 … An (n = 0: it is the
+    goal itself)."""
     hypotheses, goal = state
-    if tactic == 0:
+    if tactic == "i":
         if isinstance(goal, str):
             return None
         premise, conclusion = goal
         return ((hypotheses if premise in hypotheses else (*hypotheses, premise), conclusion),)
-    if not 1 <= tactic <= len(hypotheses):
-        return None
-    formula, subgoals = hypotheses[tactic - 1], ()
+    formula, subgoals = hypotheses[NAMES.index(tactic)], ()
     while formula != goal:
         if isinstance(formula, str):
             return None
@@ -146,14 +241,14 @@ def apply_tactic(state, tactic):
 @lru_cache(512)
 def tactics(state):
     """{tactic: the subgoals it leaves}, for all tactics that apply."""
-    subgoals = {tactic: apply_tactic(state, tactic) for tactic in range(len(state[0]) + 1)}
+    subgoals = {tactic: apply_tactic(state, tactic) for tactic in TACTICS[:1 + len(state[0])]}
     return {tactic: states for tactic, states in subgoals.items() if states is not None}
 
 
 @lru_cache(512)
 def solve(state, depth=MAX_DEPTH):
     """For attempts with at most `depth` tactics on a branch: the number of tactics in the state's shortest proof (inf
-    if there is none), the first of them (of several, the lowest), and the probability that blind search, a uniform
+    if there is none), the first of them (of several, the earliest), and the probability that blind search, a uniform
     choice among the tactics that apply, proves the state. Each subgoal is proved on its own."""
     length, first, blind = inf, None, 0.0
     for tactic, subgoals in tactics(state).items() if depth else ():
@@ -174,185 +269,256 @@ def shortest_proof(state, depth=MAX_DEPTH):
 
 def reachable(theorem):
     """The states in which an attempt at the theorem can have to choose a tactic, the theorem first."""
-    states, frontier = {}, [theorem]
+    states, new = {}, [theorem]
     for _ in range(MAX_DEPTH):
-        frontier = [state for state in dict.fromkeys(frontier) if state not in states and tactics(state)]
-        states |= dict.fromkeys(frontier)
-        frontier = [subgoal for state in frontier for subgoals in tactics(state).values() for subgoal in subgoals]
+        new = [state for state in dict.fromkeys(new) if state not in states and tactics(state)]
+        states |= dict.fromkeys(new)
+        new = [subgoal for state in new for subgoals in tactics(state).values() for subgoal in subgoals]
     return [*states]
 
 
-def pretty(formula):
+def formula_text(formula):
     """(("a", "b"), ("c", "d")) -> '(a→b)→c→d'"""
     if isinstance(formula, str):
         return formula
-    premise, conclusion = formula
-    return (premise if isinstance(premise, str) else f"({pretty(premise)})") + "→" + pretty(conclusion)
+    premise, conclusion = map(formula_text, formula)
+    return f"({premise})→{conclusion}" if "→" in premise else f"{premise}→{conclusion}"
 
 
-def state_tokens(state):
-    """A state as the model reads it: its formulas without arrows, each hypothesis followed by its number (right behind
-    the atom that a goal must match), then ⊢ and the goal: ['(', 'a', 'b', ')', 'c', 'd', '1', 'a', '2', '⊢', 'd']"""
-    hypotheses, goal = state
-    numbered = [[*pretty(formula).replace("→", ""), str(number)] for number, formula in enumerate(hypotheses, 1)]
-    return [*sum(numbered, []), "⊢", *pretty(goal).replace("→", "")]
+def hypotheses_text(hypotheses):
+    """'(a→b)→c A  a B  ': each is followed by its name, right behind the atom that a goal must match."""
+    return "".join(f"{formula_text(formula)} {name}  " for formula, name in zip(hypotheses, NAMES))
 
 
-class ProofTable(NamedTuple):
-    """All that attempts at P theorems can come to: S states, one row each. Tactics are given by their tokens."""
-    states: list  # the S states
-    prompts: torch.Tensor  # (S, MAX_PROMPT)
-    applicable: torch.Tensor  # (S, vocabulary): the tactics that apply
-    subgoals: torch.Tensor  # (S, vocabulary, 2): the rows that each of them leaves to prove, or PROVED, or DEAD_END
+def padded(text, length):
+    """A text as the model reads it, without arrows and spaces, padded in front."""
+    text = re.sub("[→ ]", "", text)
+    return ["<pad>"] * (length - len(text)) + [*text]
+
+
+class Table(NamedTuple):
+    """All that attempts at P theorems can come to: S states, a row each. Many states share their hypotheses, which are
+    H sets. Tactics are numbers, their places in `TACTICS`."""
+    hypotheses: torch.Tensor  # (H, MAX_HYPOTHESES), tokens
+    goals: torch.Tensor  # (S, MAX_GOAL), tokens
+    under: torch.Tensor  # (S,) the states' sets of hypotheses
+    subgoals: torch.Tensor  # (S, tactics, 2): the rows that a tactic leaves to prove, or a mark
     theorems: torch.Tensor  # (P,) the theorems' rows
-    reach: list  # of each theorem, the rows of all states that attempts at it can come to
-    length: torch.Tensor  # (P,) the number of tactics in the shortest proof
-    branching: torch.Tensor  # (P,) how many tactics apply along it, on average
-    blind: torch.Tensor  # (P,) the probability that one attempt of blind search proves the theorem
 
 
-PROVED, DEAD_END = -2, -1  # instead of a state's row: nothing is left to prove, or no tactic applies
+PROVED, DEAD_END, NO_TACTIC = -1, -2, -3  # marks: nothing is left to prove; no tactic applies; this one does not
+
+
+def table_of(theorem):
+    states = reachable(theorem)
+    row = {state: i for i, state in enumerate(states)}
+    sets = [*dict.fromkeys(hypotheses for hypotheses, _ in states)]
+    under = torch.tensor([sets.index(hypotheses) for hypotheses, _ in states])
+    hypotheses = encode([padded(hypotheses_text(own), MAX_HYPOTHESES) for own in sets], PROOF_VOCAB)
+    goals = encode([padded("⊢" + formula_text(goal), MAX_GOAL) for _, goal in states], PROOF_VOCAB)
+    subgoals = [[[NO_TACTIC, NO_TACTIC] for _ in TACTICS] for _ in states]
+    for state in states:
+        for tactic, left in tactics(state).items():
+            rows = [row.get(subgoal, DEAD_END) for subgoal in left] + [PROVED, PROVED]
+            subgoals[row[state]][TACTICS.index(tactic)] = rows[:2]
+    return Table(hypotheses, goals, under, torch.tensor(subgoals), torch.tensor([0]))
+
+
+def join(tables):
+    """Several tables as one."""
+    parts, num_sets, num_states = [], 0, 0
+    for hypotheses, goals, under, subgoals, theorems in tables:
+        subgoals = torch.where(subgoals < 0, subgoals, subgoals + num_states)
+        parts.append((hypotheses, goals, under + num_sets, subgoals, theorems + num_states))
+        num_sets, num_states = num_sets + len(hypotheses), num_states + len(goals)
+    return Table(*map(torch.cat, zip(*parts)))
 
 
 def proof_p(policy, table, failure=0.0):
-    """The probability that an attempt proves each theorem: (P,) float64. policy: (S, vocabulary), the probability of
-    each tactic in each state of the table. A state is proved if a tactic is chosen all of whose remaining states are
-    proved, each by choices of its own. With d tactics left on a branch that is p_d(s) = Σ_t policy(t|s) Π_s' p_(d-1)(s').
-    p_0 of a state, and p of a dead end, is `failure`: 0, or 1 to count the attempts that fail, too."""
-    ends = torch.tensor([1.0, failure], dtype=torch.float64)  # in the places PROVED and DEAD_END
+    """The probability that an attempt proves each theorem: (P,) float64. policy: (S, tactics), the probability of each
+    tactic in each state. A state is proved if a tactic is chosen all of whose subgoals are proved, each by choices of
+    its own. With d tactics left on a branch that is p_d(s) = Σ_t policy(t|s) Π_s' p_(d-1)(s'). p_0, and p of a dead
+    end, is `failure`: 0, or 1 to count the attempts that fail, too."""
+    ends = torch.tensor([0.0, failure, 1.0], dtype=torch.float64)  # in the places of the marks
     p = torch.full((len(policy),), failure, dtype=torch.float64)
     for _ in range(MAX_DEPTH):
-        p_of_subgoals = torch.cat([p, ends])[table.subgoals]
-        p = (policy * p_of_subgoals.prod(dim=-1)).sum(dim=-1)
+        first, second = torch.cat([p, ends])[table.subgoals].unbind(dim=-1)
+        p = (policy * first * second).sum(dim=-1)
     return p[table.theorems]
 
 
-def part_of(table, theorems):
-    """The part of a table that `proof_p` needs for some of its theorems, a tensor of indices."""
-    rows = sorted(set().union(*(table.reach[i] for i in theorems.tolist())))
-    rows = torch.tensor(rows, dtype=torch.long)
-    place = torch.full((len(table.prompts) + 2,), DEAD_END)  # the old rows' new ones
-    place[PROVED], place[rows] = PROVED, torch.arange(len(rows))
-    return table._replace(prompts=table.prompts[rows], applicable=table.applicable[rows],
-                          subgoals=place[table.subgoals[rows]], theorems=place[table.theorems[theorems]])
+def log_policy(model, table):
+    """The tactics' log-probabilities in the states of a table: (S, tactics), float64 on the CPU, -inf where one does
+    not apply. Each set of hypotheses is read once, and its keys and values serve all goals under it."""
+    device = next(model.parameters()).device
+    _, past = model.run(table.hypotheses.to(device), 1)
+    under = table.under.to(device)
+    past = [[part.index_select(0, under) for part in keys_values] for keys_values in past]
+    logits = model.run(table.goals.to(device), 1, past)[0][:, 0, FIRST_TACTIC:FIRST_TACTIC + len(TACTICS)]
+    logits = logits.cpu().double()
+    return logits.masked_fill(table.subgoals[..., 0] == NO_TACTIC, -inf).log_softmax(dim=1)
 
 
-def sample_attempts(log_policy, table, num_attempts, generator=None):
-    """num_attempts sampled attempts at each of the table's P theorems, all at once, one depth after the other.
-    Returns which succeed, and each attempt's log-probability, the sum over its choices (differentiable), both
-    (P, num_attempts). An attempt stops where it has failed."""
-    rows = table.theorems.repeat_interleave(num_attempts)
-    attempts = torch.arange(len(rows))  # the attempt that each open state belongs to
-    failed = torch.zeros(len(rows), dtype=torch.bool)
-    log_pi = torch.zeros(len(rows), dtype=log_policy.dtype)
+def sample_attempts(log_policy, table, number):
+    """`number` attempts at each of a table's P theorems, all at once, one depth after the other; an attempt stops where
+    it has failed. Returns which succeed, and their log-probabilities, the sums over their choices (differentiable),
+    both (P, number), and the choices: of each depth the tactics, and the places of the choices above them."""
+    rows = table.theorems.repeat_interleave(number)
+    above = attempts = torch.arange(len(rows))  # the attempt that each open state belongs to
+    failed, log_pi = torch.zeros(len(rows), dtype=torch.bool), torch.zeros(len(rows), dtype=torch.float64)
+    choices = []
     for _ in range(MAX_DEPTH):
-        if len(rows) == 0:
-            break
-        tactics = torch.multinomial(log_policy[rows].exp(), 1, generator=generator)[:, 0]
-        log_pi = log_pi.index_add(0, attempts, log_policy[rows, tactics])
-        subgoals = table.subgoals[rows, tactics]  # (open states, 2)
-        is_open = subgoals != PROVED
-        rows, attempts = subgoals[is_open], attempts[:, None].expand_as(subgoals)[is_open]
+        chosen = choose(log_policy[rows].exp())
+        choices.append((chosen.tolist(), above.tolist()))
+        log_pi = log_pi.index_add(0, attempts, log_policy[rows, chosen])
+        subgoals = table.subgoals[rows, chosen]
+        above, side = (subgoals != PROVED).nonzero(as_tuple=True)
+        rows, attempts = subgoals[above, side], attempts[above]
         failed[attempts[rows == DEAD_END]] = True
-        rows, attempts = rows[~failed[attempts]], attempts[~failed[attempts]]
+        rows, above, attempts = (part[~failed[attempts]] for part in (rows, above, attempts))
     failed[attempts] = True  # still open where no tactics are left
-    return ~failed.view(-1, num_attempts), log_pi.view(-1, num_attempts)
+    return ~failed.view(-1, number), log_pi.view(-1, number), choices
 
 
-def attempt_proof(policy, table, row, generator=None, depth=MAX_DEPTH):
-    """One sampled attempt at the state of a row, as text if it proves it, else None. The text is a term: "4(1, intro(2))"
-    applies hypothesis 4 and proves its two premises by hypothesis 1 and by intro, then hypothesis 2."""
-    if depth == 0 or row == DEAD_END:
-        return None
-    tactic = torch.multinomial(policy[row], 1, generator=generator).item()
-    proofs = []
-    for subgoal in table.subgoals[row, tactic].tolist():
-        if subgoal != PROVED:
-            proof = attempt_proof(policy, table, subgoal, generator, depth - 1)
-            if proof is None:
-                return None
-            proofs.append(proof)
-    return PROVE_VOCAB[tactic] + (f"({', '.join(proofs)})" if proofs else "")
+def proof_texts(choices):
+    """Attempts as texts: "D(A, i(B))" applies hypothesis D, and proves its two premises by A, and by intro, then B."""
+    below = {}  # the texts under each choice
+    for tactics, above in reversed(choices):
+        texts = defaultdict(list)
+        for place, (tactic, parent) in enumerate(zip(tactics, above)):
+            parts = ", ".join(below.get(place, ()))
+            texts[parent].append(TACTICS[tactic] + f"({parts})" * bool(parts))
+        below = texts
+    return [text for text, in below.values()]
 
 
-def show_attempts(policy, table, num_attempts, generator):
-    """Sampled attempts at the first three theorems: [(theorem, number of successes, [proof or "no proof", …]), …]."""
-    result = []
-    for row in table.theorems[:3].tolist():
-        hypotheses, goal = table.states[row]
-        proofs = [attempt_proof(policy, table, row, generator) for _ in range(num_attempts)]
-        numbered = (f"{number}: {pretty(formula)}  " for number, formula in enumerate(hypotheses, 1))
-        theorem = "".join(numbered) + f"⊢ {pretty(goal)}"
-        result.append((theorem, num_attempts - proofs.count(None), [proof or "no proof" for proof in proofs]))
-    return result
+class Search(Task):
+    """Whole attempts at theorems, judged by the kernel; no proof is shown. p, that an attempt succeeds, is exact and
+    differentiable. The greedy attempt takes the likeliest tactic in every state; the confidence is the probability of
+    all its choices, whether they prove the theorem or not. This is reinforcement learning with a verifier: the reward
+    loss with N = 1 is the usual reward. Here its gradient is exact; with `reinforce` it is estimated, from that many
+    attempts at each theorem."""
+    settings = {"loss": ["reward"], "N": [1, 64], "epochs": 8, "evaluations": 8, "batch_size": 10}
+    about = Task.about | {"reinforce": "estimate the gradient from so many attempts; 0: exact"}
+    only_for = {"reinforce": ["reward"]}
+    num_measured = 100
+
+    def __init__(self, seed=0, num_train=300, num_test=300, reinforce=0):
+        train, self.theorems = draw_theorems(seed, num_train, num_test)
+        self.train, self.test = [*map(table_of, train)], join(map(table_of, self.theorems))
+        self.vocab, self.block_size, self.size = PROOF_VOCAB, MAX_HYPOTHESES + MAX_GOAL, len(train)
+        self.baselines = {"blind search": [solve(theorem)[2] for theorem in self.theorems]}
+        self.reinforce = reinforce
+
+    def to(self, device):
+        return self  # tables stay on the CPU
+
+    def log_p(self, model, batch):
+        table = join(self.train[i] for i in batch)
+        return proof_p(log_policy(model, table).exp(), table).clamp(min=1e-300).log()
+
+    def sample_tries(self, model, batch):
+        """Attempts at training theorems: which succeed, and their log-probabilities, differentiable, (B, reinforce)."""
+        table = join(self.train[i] for i in batch)
+        return sample_attempts(log_policy(model, table), table, self.reinforce)[:2]
+
+    def measure(self, model):
+        log_pi = log_policy(model, self.test)
+        policies = [(log_pi / T).softmax(dim=1) for T in self.temperatures]
+        greedy = policies[0] * torch.nn.functional.one_hot(log_pi.argmax(dim=1), len(TACTICS))
+        p = torch.stack([proof_p(policy, self.test) for policy in policies])
+        return p, proof_p(greedy, self.test, failure=1.0)  # also where it fails
+
+    def show_tries(self, model, number):
+        shown, table = [], self.test._replace(theorems=self.test.theorems[:3])
+        is_proved, _, choices = sample_attempts(log_policy(model, table), table, number)
+        texts = iter(proof_texts(choices))
+        for (hypotheses, goal), own in zip(self.theorems, is_proved.tolist()):
+            theorem = f"{hypotheses_text(hypotheses)}⊢ {formula_text(goal)}"
+            tries = [text if proved else "no proof" for proved, text in zip(own, texts)]
+            shown.append([theorem, sum(own), tries])
+        return shown
 
 
-def prove(seed=0, num_train=300, num_test=300):
-    """Theorems, and a shortest proof of each training one: an example is a state in it and the tactic used there."""
-    task = search(seed, num_train, num_test)
-    row = {state: i for i, state in enumerate(task.train.states)}
-    steps = [(theorem, row[state], FIRST_TACTIC + tactic) for theorem, start in enumerate(task.train.theorems.tolist())
-             for state, tactic in dict.fromkeys(shortest_proof(task.train.states[start]))]
-    return task._replace(name="prove", kind="steps", size=len(steps), steps=torch.tensor(steps))
+class Steps(Search):
+    """Imitation of a known proof of each training theorem, its shortest, step by step: an example is a state of it and
+    the tactic used there. F takes the p of an attempt at the whole theorem, by whatever proof, computed anew every
+    epoch. With `per_step`, the paper's step-wise loss: p is the step's own, and N counts tries at one step."""
+    settings = {"epochs": 40}
+    about = Task.about | {"per_step": "p and N are of a step, not of a theorem"}
+    only_for = {"per_step": ["limited", "reward"]}
+    num_measured = 500
+
+    def __init__(self, seed=0, num_train=300, num_test=300, per_step=False):
+        super().__init__(seed, num_train, num_test)
+        self.per_step, self.table = per_step, join(self.train)
+        steps = []
+        for i, theorem in enumerate(draw_theorems(seed, num_train, num_test)[0]):
+            row = {state: j for j, state in enumerate(reachable(theorem), self.table.theorems[i])}
+            for state, tactic in dict.fromkeys(shortest_proof(theorem)):
+                steps.append((i, row[state], TACTICS.index(tactic)))
+        self.steps, self.size = torch.tensor(steps), len(steps)
+
+    @torch.no_grad()
+    def refresh(self, model):
+        if not self.per_step:
+            theorems = torch.arange(len(self.train))
+            self.theorem_log_p = torch.cat([Search.log_p(self, model, some) for some in theorems.split(50)])
+
+    def log_p(self, model, batch):
+        theorem, row, tactic = self.steps[batch].unbind(dim=1)
+        sets, under = self.table.under[row].unique(return_inverse=True)
+        states = Table(self.table.hypotheses[sets], self.table.goals[row], under, self.table.subgoals[row], None)
+        step = log_policy(model, states)[torch.arange(len(batch)), tactic]
+        return step if self.per_step else with_value(step, self.theorem_log_p[theorem])
 
 
-def search(seed=0, num_train=300, num_test=300):
-    """The theorems of `prove`, without proofs: an example is a theorem, with all states that attempts at it can reach."""
-    train, test = map(proof_table, draw_theorems(seed, num_train, num_test))
-    features = {"length": test.length, "branching": test.branching, "blind": test.blind}
-    return Task("search", "searches", num_train, PROVE_VOCAB, MAX_PROMPT + 1, train, test, features=features)
-
-
+@lru_cache(2)
 def draw_theorems(seed, num_train, num_test):
-    """Theorems (eight random hypotheses and a goal) that can be proved, but hardly by blind search."""
-    random, theorems = Random(seed), []
-    with tqdm(total=num_train + num_test, desc="drawing theorems", leave=False, disable=sys.stderr is None) as bar:
-        while len(theorems) < num_train + num_test:
-            theorem = random_theorem(random)
-            length, _, blind = solve(theorem)
-            if length == inf or blind > MAX_BLIND:
-                continue
-            if max(len(state_tokens(state)) for state in reachable(theorem)) <= MAX_PROMPT:
-                theorems.append(theorem)
-                bar.update()
+    """Theorems that can be proved, but hardly by blind search, for training and for testing."""
+    pick, theorems = random.Random(seed), []
+    while len(theorems) < num_train + num_test:
+        theorem = random_theorem(pick)
+        if is_hard(theorem) and all(len(padded(hypotheses_text(hypotheses), 0)) <= MAX_HYPOTHESES
+                                    for hypotheses, _ in reachable(theorem)):
+            theorems.append(theorem)
     return theorems[:num_train], theorems[num_train:]
 
 
-def random_theorem(random):
-    """Hypotheses and a goal (an atom, or an implication between two), which may or may not follow."""
-    atom = lambda: random.choice(ATOMS)
+def random_theorem(pick):
+    """Eight hypotheses and a goal, which may or may not follow."""
+    def simple():  # an atom or, four times in ten, an implication between two
+        return (pick.choice(ATOMS), pick.choice(ATOMS)) if pick.random() < 0.4 else pick.choice(ATOMS)
 
-    def formula():  # an atom behind 0 to 2 premises, each an atom or, four times in ten, an implication
-        result = atom()
-        for _ in range(random.choices([0, 1, 2], [1, 5, 4])[0]):
-            result = (atom() if random.random() < 0.6 else (atom(), atom())), result
+    def formula():  # an atom behind 0 to 2 premises
+        result = pick.choice(ATOMS)
+        for _ in range(pick.choices([0, 1, 2], [1, 5, 4])[0]):
+            result = simple(), result
         return result
 
-    hypotheses = dict.fromkeys(formula() for _ in range(8))  # none twice
-    return tuple(hypotheses), atom() if random.random() < 0.6 else (atom(), atom())
+    return tuple(dict.fromkeys(formula() for _ in range(8))), simple()
 
 
-def proof_table(theorems):
-    """The `ProofTable` of some theorems."""
-    reach = [reachable(theorem) for theorem in theorems]
-    states = [*dict.fromkeys(state for own in reach for state in own)]
-    row = {state: i for i, state in enumerate(states)}
-    texts = [state_tokens(state) for state in states]
-    prompts = encode([["<pad>"] * (MAX_PROMPT - len(text)) + text for text in texts], PROVE_VOCAB)
-    applicable = torch.zeros(len(states), len(PROVE_VOCAB), dtype=torch.bool)
-    subgoals = torch.full((len(states), len(PROVE_VOCAB), 2), PROVED)
-    for state in states:
-        for tactic, left in tactics(state).items():
-            place = row[state], FIRST_TACTIC + tactic
-            applicable[place] = True
-            for i, subgoal in enumerate(left):
-                subgoals[*place, i] = row.get(subgoal, DEAD_END)
-    proofs = [shortest_proof(theorem) for theorem in theorems]
-    branching = [sum(len(tactics(state)) for state, _ in proof) / len(proof) for proof in proofs]
-    blind = torch.tensor([solve(theorem)[2] for theorem in theorems], dtype=torch.float64)
-    return ProofTable(states, prompts, applicable, subgoals, torch.tensor([row[theorem] for theorem in theorems]),
-                      [[row[state] for state in own] for own in reach], torch.tensor([*map(len, proofs)]),
-                      torch.tensor(branching), blind)
+def is_hard(theorem):
+    """Whether a theorem has a proof, which blind search seldom finds. Most have none, or an easy one: what a truth table
+    refutes has none, and what short attempts often prove is easy."""
+    hypotheses, goal = theorem
+    counterexamples = ~truth(goal)
+    for hypothesis in hypotheses:
+        counterexamples &= truth(hypothesis)
+    return (counterexamples == 0 and all(solve(theorem, depth)[2] <= MAX_BLIND for depth in range(1, MAX_DEPTH + 1))
+            and solve(theorem)[0] < inf)
+
+
+def truth(formula):
+    """The worlds in which a formula is true, as the bits of a number: in world w, atom i is true where w has bit i."""
+    if isinstance(formula, str):
+        return TRUE_IN[formula]
+    premise, conclusion = map(truth, formula)
+    return ~premise | conclusion
+
+
+TRUE_IN = {atom: sum(1 << world for world in range(32) if world >> i & 1) for i, atom in enumerate(ATOMS)}
 
 
 # ---- math: the questions of the MATH dataset (Hendrycks et al. 2021, arXiv 2103.03874) that have an integer answer ----
@@ -361,45 +527,47 @@ MAX_QUESTION = 64  # tokens
 SUBJECTS = "algebra counting_and_probability geometry intermediate_algebra number_theory prealgebra precalculus".split()
 
 
-def math_questions(seed=0, math_dir=""):
+class MathQuestions(Task):
     """A MATH question -> its integer answer. The split is the dataset's own, so `seed` changes nothing here.
     A word, a LaTeX command, a digit or a sign is a token; a word that the training questions use only once is
     '<unk>'. An answer is its sign and digits and END: at most 5 tokens."""
-    problems = {split: math_problems(math_dir, split) for split in ("train", "test")}
-    counts = Counter(word for question, _ in problems["train"] for word in words(question))
-    signs = [*"-0123456789"]
-    common = sorted(word for word in counts if counts[word] > 1 and word not in signs)
-    vocab = ["<pad>", "<end>", "<unk>", *signs, *common]
-    known = set(vocab)
+    settings = {"epochs": 8, "evaluations": 8, "learning_rate": 2e-3, "n_embd": 128}
+    about = {"math_dir": "the folder of the MATH dataset; without it, the datasets package fetches it"}
 
-    def as_tokens(split):
-        questions = [[word if word in known else "<unk>" for word in words(text)] for text, _ in problems[split]]
-        questions = [["<pad>"] * (MAX_QUESTION - len(question)) + question for question in questions]
-        answers = [[*answer, "<end>"] + ["<pad>"] * (4 - len(answer)) for _, answer in problems[split]]
-        return encode(questions, vocab), encode(answers, vocab)
+    def __init__(self, seed=0, math_dir=""):
+        problems = self.read(math_dir)
+        counts = Counter(word for question, _ in problems["train"] for word in words(question))
+        signs = [*"-0123456789"]
+        common = {word for word in counts if counts[word] > 1}
+        vocab = ["<pad>", "<end>", "<unk>", *signs, *sorted(common - {*signs})]
+        known = {*vocab}
 
-    return Task("math", "answers", len(problems["train"]), vocab, MAX_QUESTION + 5, as_tokens("train"), as_tokens("test"),
-                **answers_to_guess(problems), data=digest(problems))
+        def as_tokens(split):
+            questions = [[word if word in known else "<unk>" for word in words(text)] for text, _ in problems[split]]
+            questions = [["<pad>"] * (MAX_QUESTION - len(question)) + question for question in questions]
+            answers = [[*answer, "<end>"] + ["<pad>"] * (4 - len(answer)) for _, answer in problems[split]]
+            return encode(questions, vocab), encode(answers, vocab)
+
+        super().__init__(vocab, as_tokens("train"), as_tokens("test"))
+
+    def read(self, math_dir):
+        """{split: [(question, answer), …]}. What a guesser knows is kept, and which data set it is, in eight letters."""
+        problems = {split: math_problems(math_dir, split) for split in ("train", "test")}
+        counts = Counter(answer for _, answer in problems["train"])
+        self.frequencies = {answer: count / counts.total() for answer, count in counts.items()}
+        self.test_answers = [answer for _, answer in problems["test"]]
+        self.data = digest(problems)
+        return problems
 
 
 def math_problems(math_dir, split):
     """The problems of a split that are used: [(question, answer), …], without pictures, short, with an integer answer."""
-    examples = read_math_dir(math_dir, split) if math_dir else download_math(split)
+    examples = read_math(math_dir, split) if math_dir else download_math(split)
     problems = [(example["problem"], integer_answer(example["solution"])) for example in examples]
-    problems = [(question, answer) for question, answer in problems if answer is not None
-                and "[asy]" not in question and len(words(question)) <= MAX_QUESTION]
-    if not problems:
-        raise ValueError(f"the {split} problems have no short question with an integer answer: is this the MATH dataset?")
+    problems = [(question, answer) for question, answer in problems
+                if answer and "[asy]" not in question and len(words(question)) <= MAX_QUESTION]
+    require(problems, f"the {split} problems have no short question with an integer answer: is this the MATH dataset?")
     return problems
-
-
-def answers_to_guess(problems):
-    """What a guesser knows: the frequencies of the training answers, and where the test answers stand among them."""
-    counts = Counter(answer for _, answer in problems["train"])
-    index = {answer: i for i, answer in enumerate(counts)}
-    frequencies = torch.tensor([*counts.values()], dtype=torch.float64) / len(problems["train"])
-    test_index = torch.tensor([index.get(answer, -1) for _, answer in problems["test"]])
-    return {"answer_frequencies": frequencies, "test_answer_index": test_index}
 
 
 def digest(problems):
@@ -412,52 +580,34 @@ def words(text):
     return re.findall(r"\\[A-Za-z]+|[A-Za-z]+|\S", text)
 
 
-def boxed(solution):
-    """What stands in the last \\boxed{...} (or \\fbox{...}, or \\boxed 5) of a solution; None if there is none."""
-    starts = [match.end() for match in re.finditer(r"\\(?:boxed|fbox)(?![A-Za-z])", solution)]
-    if not starts:
-        return None
-    rest, depth = solution[starts[-1]:].lstrip(), 0
-    if not rest.startswith("{"):
-        return re.match(r"[^\s$.,]*", rest).group()  # without braces: up to the next space or dollar
-    for i, character in enumerate(rest):
-        depth += (character == "{") - (character == "}")
-        if depth == 0:
-            return rest[1:i]
-
-
 def integer_answer(solution):
-    """The final answer as the text of an integer from -999 to 999 ('-5', '0', '12'); None if it is anything else."""
-    answer = (boxed(solution) or "").replace("$", "").strip()
-    return str(int(answer)) if re.fullmatch(r"-?\d{1,3}", answer) else None
+    """The final answer as the text of an integer from -999 to 999 ('-5', '0', '12'); None if it is anything else. It
+    stands in \\boxed{...}, \\fbox{...} or, without braces, between \\boxed and the next dollar. A solution with several
+    boxes must have the same in all of them."""
+    boxes = re.findall(r"\\(?:boxed|fbox)(?![A-Za-z])\s*(?:\{([^}]*)\}|(-?\d[^$\\]*))", solution)
+    answers = {(braced or bare).strip(" $\n").rstrip(".") for braced, bare in boxes}
+    if len(answers) == 1 and re.fullmatch(r"-?[0-9]{1,3}", answer := answers.pop()):
+        return str(int(answer))
 
 
-def read_math_dir(directory, split):
+def read_math(directory, split):
     """The examples of a split: from <directory>/<split>.jsonl, or <directory>/<split>/<subject>/<number>.json."""
-    texts, lines_file = {}, Path(directory) / f"{split}.jsonl"
-    files = [lines_file] if lines_file.is_file() else (Path(directory) / split).glob("*/*.json")
-    for file in sorted(files, key=lambda file: (file.parent.name, len(file.stem), file.stem)):
+    file, examples = Path(directory, f"{split}.jsonl"), []
+    if file.is_file():
+        texts = {f"{file}, line {i}": line for i, line in enumerate(file.read_bytes().split(b"\n"), 1) if line.strip()}
+    else:
+        files = sorted(Path(directory, split).glob("*/*.json"), key=lambda path: (path.parent.name, len(path.stem), path.stem))
+        texts = {path: path.read_bytes() for path in files}
+    for place, text in texts.items():
         try:
-            text = file.read_text(encoding="utf-8-sig")
-        except UnicodeDecodeError:
-            raise ValueError(f"{file}: not UTF-8 text; fix or remove it") from None
-        parts = text.split("\n") if file == lines_file else [text]
-        texts |= {f"{file}, line {i}": part for i, part in enumerate(parts, 1) if part.strip()}
-    if not texts:
-        raise ValueError(f"no MATH problems in {directory}: it needs {split}.jsonl with one object a line, or "
-                         f"{split}/<subject>/<number>.json")
-    return [parse_example(text, place) for place, text in texts.items()]
-
-
-def parse_example(text, place):
-    try:
-        example = json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise ValueError(f"{place}: not JSON ({error}); fix or remove it") from None
-    fields = example if isinstance(example, dict) else {}
-    if not all(isinstance(fields.get(key), str) for key in ("problem", "solution")):
-        raise ValueError(f"{place}: each problem needs texts under 'problem' and 'solution'; fix or remove it")
-    return example
+            example = json.loads(text)
+            examples.append({key: example[key] + "" for key in ("problem", "solution")})
+        except (ValueError, LookupError, TypeError, RecursionError) as error:
+            raise ValueError(f"{place}: not an object in UTF-8 JSON with texts under 'problem' and 'solution' ({error}); "
+                             "fix or remove it") from None
+    require(examples, f"no MATH problems in {directory}: it needs {split}.jsonl with one object a line, or "
+                      f"{split}/<subject>/<number>.json")
+    return examples
 
 
 def download_math(split):
@@ -468,13 +618,8 @@ def download_math(split):
                 for example in load_dataset("EleutherAI/hendrycks_math", subject, split=split)]
     except Exception as error:  # no package, no network, no disk: errors of many kinds
         reason = str(error).strip().split("\n")[0]
-        raise ValueError(f"the math task could not download the MATH dataset ({reason}): pip install datasets, or give "
+        raise ValueError(f"the MATH dataset could not be downloaded ({reason}): pip install datasets, or give "
                          "--math-dir DIR with train.jsonl and test.jsonl") from None
 
 
-def encode(texts, vocab):
-    """Texts (strings, or lists of words) of equal length -> tokens (number of texts, length), int64."""
-    token = {text: i for i, text in enumerate(vocab)}
-    return torch.tensor([[token[piece] for piece in text] for text in texts])
-
-TASKS = {"multiply": multiply, "cot": cot, "prove": prove, "search": search, "math": math_questions}
+TASKS = {"multiply": Multiply, "cot": Traces, "prove": Steps, "search": Search, "math": MathQuestions}

@@ -2,11 +2,9 @@
 
     python exercises/language_model.py MODEL --math-dir DIR [flags of passn.py]
 
-MODEL is a name on the Hugging Face hub, a folder or a .gguf file. Trained are its top --n-layer layers, not the head, on the
-answer's tokens alone: the model as it came reads each question once. A process takes 4 GB for 135 million parameters.
-
-This is the example to follow for adding a kind of answers (here `LanguageModel`) and a task (`math_lm`) to passn.py
-from outside. They enter its registries at the end of the file: worker processes import it too.
+MODEL is a name on the Hugging Face hub, a folder or a .gguf file. Its top --n-layer layers are trained, on the answer's
+tokens alone: the model as it came reads each question once. A process takes 4 GB for 135 million parameters.
+This is the example of how to add a task to passn.py from outside: a class like those of toy_tasks.py, in `TASKS`.
 """
 
 import copy
@@ -15,95 +13,115 @@ from functools import cache
 from pathlib import Path
 
 import torch
-from torch.nn.functional import pad
+from torch.nn.functional import cross_entropy
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # the folder of passn.py
 import passn
-from toy_tasks import TASKS, Task, answers_to_guess, digest, mask_after_end, math_problems
+from toy_tasks import TASKS, MathQuestions, choose, digest, require
 
-NO_TOKEN = -100  # padding: a pretrained model's token 0 may be a word
+NO_TOKEN = -100  # padding, which cross_entropy ignores: a pretrained model's token 0 may be a word
 
 
-class LanguageModel(passn.Answers):
-    """Answers in a pretrained model's own tokens. Problems are numbered, the training problems first."""
+class LanguageModel(MathQuestions):
+    """Problems are numbers here. The text of one, a tuple of tokens, is its prompt and the first A - 1 tokens of its
+    answer: its last A tokens are what the answer's are predicted from. Answers, (P, A), are padded at the end."""
+    settings = {"epochs": 8, "evaluations": 4, "batch_size": 32, "learning_rate": 2e-4, "pass_over": 0.0, "n_layer": 10}
+    about = MathQuestions.about | {"model": "a name on the Hugging Face hub, a folder or a .gguf file"}
+    only_for = {"n_head": [], "n_embd": []}  # the pretrained model has its own
 
-    def __init__(self, task, settings, seed, device):
-        super().__init__(task, settings, seed, device)
-        self.original, self.tokenizer = load(settings["model"])
+    def __init__(self, seed=0, math_dir="", model=""):
+        problems = self.read(math_dir)
+        questions, answers = zip(*problems["train"], *problems["test"])
+        try:
+            self.original, self.tokenizer = load(model)
+            prompts = self.tokenizer([f"{question}\nAnswer:" for question in questions])["input_ids"]
+            answers = self.tokenizer([f" {answer}" for answer in answers], add_special_tokens=False)["input_ids"]
+            weights = [weight.view(torch.int32).sum().item() for weight in self.original.parameters()]
+        except Exception as error:  # no package, no such name, no network, another architecture: errors of many kinds
+            needs = "pip install transformers accelerate gguf; a model like Llama, by hub name, folder or .gguf file"
+            raise ValueError(f"model {model}: {error!r:.200} (needed: {needs})") from None
+        self.data = f"{Path(model).resolve().name}-{digest([self.data, weights, str(self.original.config)])}"
+        self.end = self.tokenizer.eos_token_id  # some tokenizers put it behind every text, but a prompt goes on
+        prompts = [prompt[:-1] if prompt[-1] == self.end else prompt for prompt in prompts]
+        self.answers = pad_sequence([torch.tensor([*answer, self.end]) for answer in answers], True, NO_TOKEN)
+        given = self.answers[:, :-1].clamp(min=0).tolist()
+        self.texts = [(*prompt, *answer) for prompt, answer in zip(prompts, given)]
+        self.size, self.A = len(problems["train"]), self.answers.shape[1]
+        self.test = torch.arange(self.size, len(self.texts))
+
+    def to(self, device):
         self.original.to(device)
-        self.train_subset = torch.arange(self.task.size)[::self.task.size // 200 + 1]
-        self.prompts, self.answers = map(torch.cat, zip(task.train, task.test))
-        self.A = self.answers.shape[1]
-        texts = torch.cat([self.prompts, self.answers[:, :-1].clamp(min=0)], dim=1)
-        self.texts = [tuple(text[text != NO_TOKEN].tolist()) for text in texts]
+        return self
 
-    def encoded(self, problems, num_layers):
-        """What `encode` returns for some problems, as two lists."""
-        return zip(*(encode(self.original, self.device, num_layers, self.texts[i], self.A) for i in problems))
-
-    def new_epoch(self, model, epoch, N):
-        if epoch == 0:
-            bar = tqdm(range(len(self.texts)), "reading the questions", leave=False, delay=1)
-            self.encoded(bar, self.settings["n_layer"])
-
-    def new_model(self):
-        """The top layers, and the frozen head, fed with stored states. Raises ValueError where the logits are not the same."""
+    def new_model(self, GPT, n_layer, **_):
+        """The top layers and the frozen head. Raises ValueError where they give other logits than the whole model."""
         model = copy.deepcopy(self.original)
-        model.model.layers = model.model.layers[-self.settings["n_layer"]:].requires_grad_(True)
+        model.model.layers = model.model.layers[-n_layer:].requires_grad_(True)
         for i, layer in enumerate(model.model.layers):
             layer.self_attn.layer_idx = i
-        with torch.no_grad():
-            logits, _ = self.right_answers(model, [0])
-            whole = self.original(torch.tensor(self.texts[:1], device=self.device)).logits[:, -self.A:]
+        self.num_top = len(model.model.layers)
+        text = max(self.texts, key=len)  # it shows whether windows of attention are in the wrong layers, too
+        logits, _ = self.right_answers(model, [self.texts.index(text)], torch.float32)
+        whole = self.original(torch.tensor([text], device=model.device)).logits[:, -self.A:]
         error = (logits - whole).std() / whole.std()
-        if not error < 0.05:  # rounding to bfloat16 makes 0.01
-            raise ValueError(f"the model's top layers on their own give other logits than the whole, by {error:.0%}: "
-                             "choose a model like Llama")
+        require(error < 1e-3, f"its top layers alone give other logits than all, by {error:.1%}: choose one like Llama")
         return model
 
-    def log_p(self, model, batch):
-        return passn.answer_log_p(*self.right_answers(model, batch), ignore_index=NO_TOKEN)
+    def refresh(self, model):
+        self.encoded(range(len(self.texts)), self.num_top)
 
-    def measure(self, model, split, temperatures):
-        """As in `Answers`, but with the confidence of every fifth problem only, since it takes longer."""
-        problems = self.train_subset if split == "train" else torch.arange(self.task.size, len(self.texts))
+    def encoded(self, problems, num_top, dtype=torch.bfloat16):
+        """What `encode` returns for some problems, as two lists."""
+        bar = tqdm(problems, "reading the questions", leave=False, delay=1)
+        how = self.A, num_top, dtype, self.original, self.original.device
+        return zip(*(encode(self.texts[i], *how) for i in bar))
 
-        def p_of(answers_to, problems):  # (number of temperatures, P)
-            parts = []
-            for batch in problems.split(50):
-                logits, answers = answers_to(model, batch)
-                parts.append(torch.stack([passn.answer_log_p(logits, answers, T, NO_TOKEN) for T in temperatures]))
-            return torch.cat(parts, dim=1).cpu().double().exp()
-
-        both = zip(p_of(self.right_answers, problems), p_of(self.own_answers, problems[::5]))
-        return {T: (p, confidence, None) for T, (p, confidence) in zip(temperatures, both)}
-
-    def right_answers(self, model, problems):
+    def right_answers(self, model, problems, dtype=torch.bfloat16):
         """The logits (B, A, vocab_size) that predict the right answers to B problems, and these answers (B, A)."""
-        states, past = self.encoded(problems, self.settings["n_layer"])
-        run = continuation(model, past)
-        return run(self.A, inputs_embeds=torch.stack(states).float()).logits, self.answers[problems]
+        states, past = self.encoded(problems, self.num_top, dtype)
+        return run(model, torch.stack(states).float(), past).logits, self.answers[problems].to(model.device)
 
+    @torch.no_grad()
     def own_answers(self, model, problems, temperature=1e-6):
         """The same for answers that are sampled token by token. So near temperature 0, they are the greedy ones."""
-        num_top = len(model.model.layers)
-        _, past = self.encoded(problems, num_layers=0)
-        run_lower = continuation(self.original.model, past)
-        run_top = continuation(model, [keys_values[-num_top:] for keys_values in past])
-        tokens, logits = self.prompts[problems, -1:], []
+        _, past = self.encoded(problems, 0)
+        past_of_top = [keys_values[:, -self.num_top:] for keys_values in past]
+        tokens = torch.tensor([[self.texts[i][-self.A]] for i in problems], device=model.device)
         for _ in range(self.A):
-            out = run_lower(1, input_ids=tokens[:, -1:], output_hidden_states=True)
-            out = run_top(1, inputs_embeds=out.hidden_states[-1 - num_top])
-            logits.append(out.logits)
-            p = (out.logits[:, 0] / temperature).softmax(dim=-1)
-            tokens = torch.cat([tokens, torch.multinomial(p, 1, generator=self.generator)], dim=1)
-        return torch.cat(logits, dim=1), mask_after_end(tokens[:, 1:], self.tokenizer.eos_token_id, NO_TOKEN)
+            embedded = self.original.get_input_embeddings()(tokens)
+            states = run(self.original.model, embedded, past, output_hidden_states=True).hidden_states
+            logits = run(model, states[-1 - self.num_top], past_of_top).logits
+            chosen = choose((logits[:, -1:] / temperature).softmax(dim=-1))
+            tokens = torch.cat([tokens, chosen], dim=1)
+        ended = (tokens[:, 1:] == self.end).cumsum(dim=1).cumsum(dim=1)  # 1 at the first end token, and then more
+        return logits, tokens[:, 1:].masked_fill(ended > 1, NO_TOKEN)
 
-    def show_tries(self, model, num_tries):
-        first = range(self.task.size, len(self.texts))[:3]
-        tries = [self.own_answers(model, [i] * num_tries, temperature=1.0)[1] for i in first]
-        return self.task.as_text(torch.stack(tries))
+    def log_ps(self, method, model, problems, temperatures=(1.0,)):
+        """log p of the answers that a method gives: (temperatures, B)."""
+        parts = []
+        for some in problems.split(50):  # all at once would take much memory
+            logits, answers = method(model, some)
+            losses = [cross_entropy((logits / T).mT, answers, reduction="none").sum(dim=1) for T in temperatures]
+            parts.append(torch.stack(losses))
+        return -torch.cat(parts, dim=1)
+
+    def log_p(self, model, batch):
+        return self.log_ps(self.right_answers, model, batch)[0]
+
+    def measure(self, model):
+        """As in `Task`, but with the confidence of every fifth problem only, since it takes longer."""
+        log_p = self.log_ps(self.right_answers, model, self.test, self.temperatures)
+        return log_p.exp(), self.log_ps(self.own_answers, model, self.test[::5])[0].exp()
+
+    def show_tries(self, model, number):
+        prompts = [torch.tensor(text[:1 - self.A]) for text in self.texts[self.size:]]
+        tries = [self.own_answers(model, [i] * number, temperature=1.0)[1] for i in self.test[:3]]
+        return self.as_text(prompts, self.answers[self.size:], tries)
+
+    def text(self, tokens):
+        return self.tokenizer.decode(tokens[tokens != NO_TOKEN], skip_special_tokens=True).replace("\n", " ")
 
 
 @cache
@@ -115,74 +133,36 @@ def load(name):
         name, file = path.parent, {"gguf_file": path.name}
         unpack = {"quantization_config": {"quant_method": "gguf", "dequantize": True}}  # else it cannot be trained
     tokenizer = AutoTokenizer.from_pretrained(name, **file)
-    if tokenizer.eos_token is None:
-        raise ValueError("its tokenizer has no end token")
-    tokenizer.pad_token = tokenizer.eos_token
+    require(tokenizer.eos_token, "its tokenizer has no end token")
     model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, **file, **unpack)
+    [layer.self_attn.layer_idx for layer in model.model.layers]  # an error where it is not built like Llama
     return model.requires_grad_(False), tokenizer
 
 
 @cache  # the same for every loss and seed
-@torch.no_grad()
-def encode(model, device, num_layers, text, A):
-    """What the model's top layers (0: all layers) need to know of a text, a tuple of tokens: the states below them at
-    the last A tokens, (A, C), and their keys and values at the T before, (layers, 2, heads, T, ·), in bfloat16."""
+def encode(text, A, num_top, dtype, model, device):
+    """What the model's top layers (0: all layers) need to know of a text: the states below them at the last A tokens,
+    (A, C), and their keys and values at the T before, (T, layers, 2, heads, ·)."""
     from transformers import DynamicCache
     tokens, past = torch.tensor([text], device=device), DynamicCache()
-    out = model.model(tokens, past_key_values=past, output_hidden_states=True)
-    layers = past.layers[-num_layers:]
+    out = model.model(tokens, None, None, past, output_hidden_states=True)  # by place: its name has changed
+    layers = past.layers[-num_top:]
     states = out.hidden_states[-1 - len(layers)][0, -A:]
-    keys_values = [torch.cat([layer.keys, layer.values])[:, :, :-A] for layer in layers]
-    return states.bfloat16(), torch.stack(keys_values).bfloat16()
+    keys_values = torch.stack([torch.cat([layer.keys, layer.values]) for layer in layers])
+    return states.to(dtype), keys_values.movedim(3, 0)[:-A].to(dtype)
 
 
-def continuation(model, past):
-    """A function that runs a model at the next A tokens of B texts, again and again, given their keys and values."""
+def run(model, states, past, **options):
+    """Run a model on the states (B, ·, C) at the next tokens of B texts, given the keys and values of those before."""
     from transformers import DynamicCache
-    lengths = torch.tensor([[keys_values.shape[-2]] for keys_values in past], device=model.device)  # (B, 1)
-    T = lengths.max().item()
-    padded = [pad(keys_values, (0, 0, T - keys_values.shape[-2], 0)) for keys_values in past]  # in front
-    known = DynamicCache(torch.stack(padded, dim=2).float())
-    def run(A, **inputs):
-        places = torch.arange(-T, known.get_seq_length() - T + A, device=model.device)  # 0: the first new token
-        mask, positions = places >= -lengths, lengths + places[-A:]
-        return model(**inputs, past_key_values=known, position_ids=positions, attention_mask=mask)
-    return run
+    known = pad_sequence(past, padding_side="left").float()  # (T, B, layers, 2, heads, ·)
+    is_text = [states.new_ones(len(keys_values) + states.shape[1], dtype=torch.bool) for keys_values in past]
+    mask = pad_sequence(is_text, True, padding_side="left")
+    places = mask.cumsum(dim=1)[:, -states.shape[1]:] - 1
+    return model(None, mask, places, DynamicCache(known.permute(2, 3, 1, 4, 0, 5)), inputs_embeds=states, **options)
 
 
-def math_lm(seed=0, math_dir="", model=""):
-    """The problems of `math` in a model's tokens. `seed` changes nothing here."""
-    problems = {split: math_problems(math_dir, split) for split in ("train", "test")}
-    questions, answers = zip(*problems["train"], *problems["test"])
-    try:
-        original, tokenizer = load(model)
-        prompts = in_tokens(tokenizer, [f"{question}\nAnswer:" for question in questions], "left")
-        answers = in_tokens(tokenizer, [f" {answer}{tokenizer.eos_token}" for answer in answers], "right")
-        sizes = [*map(len, problems.values())]
-        train, test = zip(prompts.split(sizes), answers.split(sizes))
-        vocab = tokenizer.batch_decode(torch.arange(original.config.vocab_size)[:, None], skip_special_tokens=True)
-        vocab = [text.replace("\n", " ") for text in vocab]
-        [layer.self_attn.layer_idx for layer in original.model.layers]  # an error where it is not built like Llama
-        weights = [weight.view(torch.int32).sum().item() for weight in original.parameters()]
-        data = f"{Path(model).resolve().name}-{digest([problems, weights, str(original.config)])}"
-        return Task("math-lm", "language model", sizes[0], vocab, 0, train, test, **answers_to_guess(problems), data=data)
-    except Exception as error:  # no package, no such name, no network, another architecture: errors of many kinds
-        reason = str(error).strip().split("\n")[0]
-        needs = "pip install transformers accelerate gguf; a model like Llama, by its hub name, folder or .gguf file"
-        raise ValueError(f"{model}: {type(error).__name__}: {reason} (needed: {needs})") from None
-
-
-def in_tokens(tokenizer, texts, side):
-    """Tokens (number of texts, longest), padded on one side."""
-    batch = tokenizer(texts, padding=True, padding_side=side, add_special_tokens=side == "left", return_tensors="pt")
-    return batch["input_ids"].masked_fill(batch["attention_mask"] == 0, NO_TOKEN)
-
-
-TASKS["math-lm"] = math_lm
-passn.KINDS["language model"] = LanguageModel
-passn.SETTINGS["math-lm"] = passn.DEFAULTS | {
-    "epochs": 8, "evaluations": 4, "batch_size": 32, "learning_rate": 2e-4, "pass_over": 0.0, "n_layer": 10,
-    "math_dir": "", "model": ""}
+TASKS["math-lm"] = LanguageModel  # here, since worker processes import this file too
 
 if __name__ == "__main__":
     if len(sys.argv) == 1 or sys.argv[1].startswith("-"):

@@ -1,6 +1,5 @@
 """Every solution runs, on tiny settings, and says what its exercise says where that is cheap to check."""
 
-import functools
 import json
 import os
 import re
@@ -8,20 +7,21 @@ import runpy
 import shlex
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 os.environ["OMP_NUM_THREADS"] = "1"  # read when PyTorch is loaded
 
-import matplotlib
 import pytest
+import torch
 
 import solutions  # it puts the folder of passn.py on the path
 import passn
-import toy_tasks
 
-matplotlib.use("agg")
 ROOT = Path(passn.__file__).parent
 README = (ROOT / "exercises" / "README.md").read_text(encoding="utf-8")
 NUMBERS = [*solutions.SOLUTIONS]
+BOTH = ["cross-entropy", "limited N=64"]
+RUN = {"loss": "ce", "N": 1, "seed": 0, "label": "", "config": {}, "num_samples": None, "baselines": {}, "tries": []}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -30,10 +30,10 @@ def tiny():
     with pytest.MonkeyPatch.context() as patch:
         small = {"epochs": 2, "evaluations": 2, "n_layer": 1, "n_head": 2, "n_embd": 16}
         for name in ("multiply", "prove", "search", "math"):
-            patch.setitem(passn.SETTINGS, name, passn.SETTINGS[name] | small)
-        for name in ("multiply", "prove", "search"):
-            few = functools.partial(getattr(toy_tasks, name), num_train=6, num_test=20)
-            patch.setitem(passn.TASKS, name, few)
+            task = passn.TASKS[name]
+            patch.setattr(task, "settings", task.settings | small)
+            if name != "math":
+                patch.setattr(task.__init__, "__defaults__", (0, 6, 20, *task.__init__.__defaults__[3:]))
         patch.setattr(os, "cpu_count", lambda: 1)
         patch.setattr(passn, "LOSSES", dict(passn.LOSSES))  # solutions add to it
         patch.setattr(passn, "draw", lambda *_: None)  # to save time
@@ -57,24 +57,22 @@ def solve(number, folder, capsys):
     return {label: [*map(float, cells)] for label, *cells in rows if label and re.fullmatch(r"-?[\d.]+|nan", cells[0])}
 
 
-def refused(arguments, capsys):
+def refused(number, out, capsys, *flags):
     """The one line on standard error, after checking that it is one and that the exit status is 2."""
     with pytest.raises(SystemExit) as stop:
-        solutions.main(arguments)
+        solutions.main([*number.split(), "--out", str(out), *flags])
     output = capsys.readouterr()
     assert stop.value.code == 2 and output.out == "" and output.err.count("\n") == 1
     return output.err
 
 
-def make_needed_runs(number, folder, capsys):
-    """Run the command that a solution asks for, with one seed, where it lacks runs."""
-    message = refused([number, "--out", str(folder)], capsys)
-    command = re.search(r"first run python passn.py (.*)", message)[1]
-    assert passn.main(shlex.split(command.replace("--seeds 3", "--seeds 1"))) == 0
+def make_needed_runs(number, folder, capsys, seeds=1):
+    """Run the command that a solution asks for where it lacks runs. Returns the command, without the folder."""
+    command = re.search(r"first run (.*)", refused(number, folder, capsys, "--math-dir", str(folder)))[1]
+    arguments = shlex.split(command.replace("DIR", str(folder)).replace("--seeds 3", f"--seeds {seeds}"))[2:]
+    assert passn.main(arguments) == 0
     capsys.readouterr()
-
-
-# ---- run and read ----------------------------------------------------------------------------------------
+    return command.split(" --out ")[0]
 
 
 def test_reading_multiply(folder, capsys):
@@ -82,24 +80,21 @@ def test_reading_multiply(folder, capsys):
     epochs = solve("1", folder, capsys)
     assert [*epochs] == ["epoch 0", "epoch 1", "epoch 2"] and len(epochs["epoch 2"]) == 3
     choices = solve("2", folder, capsys)
-    assert [*choices] == ["cross-entropy, seed 10", "limited N=64, seed 10"]
-    for best, _, epoch, at_end, _ in choices.values():
-        assert best >= at_end and epoch in (0, 1, 2)
+    assert [*choices] == [f"{label}, seed 10" for label in BOTH]
+    assert all(best >= at_end and epoch in (0, 1, 2) for best, _, epoch, at_end, _ in choices.values())
 
 
-def test_the_estimator(folder, capsys):
-    path = folder / "estimator" / "multiply-limited-N64-seed10.json"
-    path.parent.mkdir()
-    path.write_text(json.dumps({"problems": {"p": [0.001, 0.005, 0.02, 0.3] * 50}}))
-    values = solve("3", path.parent, capsys)
-    exact = values["exact"][0]
+def test_the_estimator(tmp_path, capsys):
+    record = {"epoch": 0, "confidence": 0, "p": [[0.001, 0.005, 0.02, 0.3] * 50]}
+    (tmp_path / "multiply-limited-N=64-seed10.json").write_text(json.dumps(RUN | {"history": [record]}))
+    values = solve("3", tmp_path, capsys)
     for n in (64, 128, 512):
         (unbiased, scatter), (naive, _) = values[f"{n} samples, unbiased"], values[f"{n} samples, c/n for p"]
-        assert abs(unbiased - exact) < scatter and naive < exact - 0.5 / n
+        assert abs(unbiased - values["exact"][0]) < scatter and naive < values["exact"][0] - 0.5 / n
 
 
 def test_which_n(folder, capsys):
-    make_needed_runs("4", folder, capsys)
+    assert f"`{make_needed_runs('4', folder, capsys)}`" in README
     rows = solve("4", folder, capsys)
     assert [*rows] == ["cross-entropy", "limited N=8", "limited N=64", "limited N=512"]
     assert all(0 <= mean <= 1 and 0 <= behind <= 1 for mean, behind in rows.values())
@@ -107,9 +102,10 @@ def test_which_n(folder, capsys):
 
 def test_what_the_reward_loss_gives_up(folder, capsys):
     values = solve("5", folder, capsys)
-    assert values["weights by ce"] == [0.2] * 5
-    assert values["weights by limited"][0] == 0.2 and values["weights by reward"][0] == 0
-    assert max(values["weights by reward"]) == values["weights by reward"][3]
+    log_p = torch.tensor(values["log p"])
+    factor = passn.overconfidence_factor(log_p, 64)
+    for name, weights in (("ce", log_p**0), ("limited", factor), ("reward", passn.pass_at_n(log_p.exp(), 64) * factor)):
+        assert values[f"weights by {name}"] == pytest.approx((weights / 5).tolist(), abs=1e-3)
     assert len(values["reward N=64"]) == 8
 
 
@@ -120,14 +116,15 @@ def test_the_guesser(folder, capsys):
 
 
 def test_which_n_for_which_theorem(folder, capsys):
-    make_needed_runs("7", folder, capsys)
+    for _ in "12":  # it names two commands, each where its runs are missing
+        assert f"{make_needed_runs('7', folder, capsys)}\n" in README
     rows = solve("7", folder, capsys)
-    labels = [*rows]
-    assert len(labels) == 5 and "limited N=4, per_step=True" in labels and labels[-1] == "blind search"
-    assert all(len(values) == 4 for values in rows.values())
-    members = [rows[label] for label in labels[:3]]
-    for i, value in enumerate(rows["ensemble of them all"]):
-        of_members = [member[i] for member in members]
+    assert [*rows] == [*BOTH, "limited N=4, per_step=True", "ensemble of them all", "blind search"]
+    solved = [solutions.toy_tasks.solve(theorem) for theorem in solutions.toy_tasks.draw_theorems(10, 6, 20)[1]]
+    short = [1 - (1 - blind) ** 64 for length, _, blind in solved if length < 7]
+    assert rows["blind search"][0] == pytest.approx(sum(short) / len(short), abs=1e-3)
+    *members, ensemble, _ = rows.values()
+    for value, *of_members in zip(ensemble, *members, strict=True):
         assert not value < min(of_members) - 1e-3  # nan where there is no theorem of that length
 
 
@@ -136,9 +133,6 @@ def test_how_many_attempts(folder, capsys):
     cosines = [cosine for cosine, _ in rows.values()]
     assert [*rows] == ["64 attempts", "256 attempts", "1024 attempts"]
     assert cosines == sorted(cosines) and cosines[-1] > 0.95 and all(of_mean > one for one, of_mean in rows.values())
-
-
-# ---- change a few lines ----------------------------------------------------------------------------------
 
 
 def test_no_network_at_all(folder, capsys):
@@ -157,75 +151,81 @@ def test_the_scale_of_the_factors(folder, capsys):
 
 
 @pytest.mark.parametrize("number, labels", [
-    ("11", ["limited N=64", "limited N=64, pass_over=0.0", "limited N=64, eps=1e-08",
-            "limited N=64, eps=1e-08, pass_over=0.0"]),
-    ("12", ["cross-entropy", "limited N=64", "cross-entropy, epochs=4", "limited N=64, epochs=4"]),
-    ("13", ["cross-entropy, n_embd=32", "limited N=64, n_embd=32",
-            "cross-entropy, n_embd=64", "limited N=64, n_embd=64",
-            "cross-entropy, n_embd=128", "limited N=64, n_embd=128"]),
+    ("11", [f"limited N=64{eps}{pass_over}" for eps in ("", ", eps=1e-08") for pass_over in ("", ", pass_over=0.0")]),
+    ("12", [f"{label}{epochs}" for epochs in ("", ", epochs=4") for label in BOTH]),
+    ("13", [f"{label}, n_embd={width}" for width in (32, 64, 128) for label in BOTH]),
     ("14", ["cross-entropy", "limited N=8", "limited N=64", "limited N=512", "from1 N=64", "from64 N=64"])])
-def test_training_is_compared(number, labels, folder, capsys):
+def test_training_is_compared(number, labels, folder, capsys, monkeypatch):
     rows = solve(number, folder, capsys)
     assert [*rows] == labels and all(len(values) == 8 for values in rows.values())
+    monkeypatch.delattr(passn, "train")  # what is there is not trained again
+    assert solve(number, folder, capsys) == rows
 
 
 def test_which_answers_win_on_math(folder, capsys):
-    assert "first run python passn.py --task math" in refused(["15", "--out", str(folder), "--math-dir", str(folder)], capsys)
-    assert passn.main(["--task", "math", "--math-dir", str(folder), "--out", str(folder), "--seeds", "2"]) == 0
-    capsys.readouterr()
+    assert f"{make_needed_runs('15', folder, capsys, seeds=2)}\n" in README
+    real = json.loads((folder / "math-cross-entropy-seed10.json").read_text()) | {"baselines": {}}
+
+    def save(name, label, *epochs, size=20, **changes):
+        history = [real["history"][0] | {"p": [[p] * size, [0.5] * size]} for p in epochs]
+        (folder / f"math-{name}.json").write_text(json.dumps(real | {"label": label, "history": history} | changes))
+
+    save("cross-entropy-seed10", "cross-entropy", 0.05, 0.01)
+    save("cross-entropy-seed11", "cross-entropy", 0.01, 0.03, 0.01)
+    save("cross-entropy-a", "cross-entropy, a", 0)  # comes first, by its file name
+    save("z", "z", 0.02)  # its difference comes last
+    save("lm-a", "cross-entropy", 0, task="math-lm", config={"data": "a"})
+    save("lm-z", "z", 0, task="math-lm", config={"data": "z"})
     rows = solve("15", folder, capsys)
-    assert [*rows] == ["test problems", "math, cross-entropy", "cross-entropy's best epoch", "math, limited N=64",
-                       "minus cross-entropy's best", "± standard error"] and rows["test problems"] == [20, 20]
-    _, _, (best, _), (limited, _), (difference, _), _ = rows.values()
-    assert difference == pytest.approx(limited - best, abs=2e-3)
+    assert [*rows] == ["test problems", "math, cross-entropy", "cross-entropy's best epoch", "math, cross-entropy, a",
+                       "minus cross-entropy's best", "± standard error", "math, limited N=64", "math, reward N=64",
+                       "math, z", "math-lm, cross-entropy", "math-lm, z"] and rows["test problems"] == [20, 20]
+    assert rows["math, cross-entropy"] == pytest.approx([1 - 0.99**64] * 2, abs=1e-3)
+    assert rows["minus cross-entropy's best"] == pytest.approx([(0.95**64 + 0.97**64) / 2 - 0.98**64] * 2, abs=1e-3)
+    for wrong in ({"config": {"data": "z"}}, {"size": 19, "task": "math-lm"}):
+        save("other", "other", 0, **wrong)
+        assert "math-other.json has other problems" in refused("15", folder, capsys, "--math-dir", str(folder))
 
 
-def test_what_is_there_is_not_trained_again(folder, capsys, monkeypatch):
-    rows = solve("11", folder, capsys)
-    monkeypatch.delattr(passn, "train")
-    assert solve("11", folder, capsys) == rows
+def test_bad_arguments_and_damaged_runs_get_one_line(folder, tmp_path, capsys):
+    for exercise in ("999", "word", "", "0", "-1", "1.0"):
+        assert "python exercises/solutions.py 3" in refused(exercise, tmp_path, capsys)
+    assert "--o" in refused("1", tmp_path, capsys, "--o", "x") and "2" in refused("1 2", tmp_path, capsys)
+    assert "no MATH problems" in refused("6", tmp_path, capsys, "--math-dir", str(tmp_path))
+    runs = (json.dumps(RUN | {"history": history}) for history in (None, [], [{"p": [[2]]}]))
+    for content in ("{", "{}", "[]", "null", "[" * 100_000, *runs):
+        for number, name in (("1", "multiply-cross-entropy-seed10"), ("15", "math-limited-N=64-seed0")):
+            (tmp_path / f"{name}.json").write_text(content)
+            assert f"{name}.json is no run" in refused(number, tmp_path, capsys, "--math-dir", str(folder))
 
 
-# ---- refusals, and the text ------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("arguments", [["999"], ["word"], [], ["0"], ["-1"], ["1.0"]])
-def test_what_is_no_exercise_gets_one_line(arguments, capsys):
-    assert "python exercises/solutions.py 3" in refused(arguments, capsys)
-
-
-def test_bad_flags_and_damaged_runs_get_one_line(tmp_path, capsys):
-    assert "--o" in refused(["1", "--o", "x"], capsys) and "2" in refused(["1", "2"], capsys)
-    assert "no MATH problems" in refused(["6", "--math-dir", str(tmp_path)], capsys)
-    for content in ("{", "{}"):
-        (tmp_path / "multiply-ce-N1-seed10.json").write_text(content)
-        with pytest.raises(SystemExit) as stop:
-            solutions.main(["1", "--out", str(tmp_path)])
-        assert stop.value.code == 2 and "remove it" in capsys.readouterr().err
+def test_ctrl_c_gets_one_line_and_a_closed_pipe_none(monkeypatch, capsys):
+    monkeypatch.setitem(solutions.SOLUTIONS, "1", Mock(side_effect=KeyboardInterrupt))
+    with pytest.raises(SystemExit) as stop:
+        solutions.main(["1"])
+    assert stop.value.code == 130 and capsys.readouterr().err.strip().count("\n") == 0
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "w") as closed:
+        monkeypatch.setattr(sys, "stdout", closed)
+        solutions.main(["9"])
+    assert capsys.readouterr().err == ""
 
 
 def test_as_a_program_it_exits_with_2_and_names_the_command_for_missing_runs(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", [solutions.__file__, "1", "--out", str(tmp_path)])
-    with pytest.raises(SystemExit) as stop:
-        runpy.run_path(solutions.__file__, run_name="__main__")
-    said = capsys.readouterr()
-    assert stop.value.code == 2 and said.out == "" and said.err.count("\n") == 1
-    assert "first run python passn.py --seed 10 --seeds 3" in said.err
+    monkeypatch.setattr(solutions, "main", lambda _: runpy.run_path(solutions.__file__, run_name="__main__"))
+    assert "first run python passn.py --seed 10 --seeds 3" in refused("1", tmp_path, capsys)
 
 
-def test_every_exercise_has_its_solution():
+def test_every_exercise_has_its_solution_and_every_command_parses():
     headings = re.findall(r"^### (\d+)\. ", README, re.M)
     assert headings == NUMBERS == [str(number) for number in range(1, len(NUMBERS) + 1)]
     assert README.count("<details>") == README.count("</details>") == len(NUMBERS)
-
-
-def test_every_command_of_the_readme_parses():
     commands = re.findall(r"^ *(python .+)$|`(python [^`]+)`", README, re.M)
     assert len(commands) >= 10
     for command in map("".join, commands):
         _, script, *arguments = shlex.split(command)
-        assert (ROOT / script).is_file(), command
+        assert (ROOT / script).is_file() and (script != "exercises/solutions.py" or arguments[0] in NUMBERS), command
         if script == "passn.py":
             passn.parse_arguments(arguments)
-        else:
-            assert script != "exercises/solutions.py" or arguments[0] in NUMBERS, command
