@@ -381,7 +381,7 @@ def look(problems, model, examples):
 @torch.no_grad()
 def evaluate(problems, model, loss, N):
     """The loss and the mean p of training examples; of the test problems the mean confidence, and p of each."""
-    log_p = look(problems, model, torch.arange(problems.size)[:problems.num_measured])
+    log_p = look(problems, model, torch.arange(0, problems.size, problems.size // problems.num_measured + 1))
     p, confidence = problems.measure(model)
     if any(values.isnan().any() for values in (log_p, p, confidence)):
         raise FloatingPointError("diverged: try a smaller --learning-rate or --weight-decay")
@@ -739,7 +739,7 @@ def run_job(job):
     torch.set_num_threads(1)
     try:
         run, _ = train(**job)
-    except (FloatingPointError, RuntimeError, MemoryError) as error:
+    except (FloatingPointError, MemoryError, RuntimeError) as error:
         print(f"{name_of(job)}: {(str(error).strip() or repr(error)).splitlines()[0]}", file=sys.stderr)
         return False
     print(f"{run['label']}, seed {run['seed']}: {run['history'][-1]['seconds']:.0f} s", file=sys.stderr)
@@ -766,7 +766,10 @@ def run_until_orphaned(job):
     tqdm.set_lock(threading.RLock())  # one that leaves nothing behind
     parent = multiprocessing.parent_process()
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
-    sys.exit(not run_job(job))
+    try:
+        sys.exit(not run_job(job))
+    except (OSError, ValueError) as error:
+        fail(f"{name_of(job)}: {error}")
 
 
 def run_all(jobs):
@@ -795,8 +798,8 @@ def main(argv=None):
             draw_theory(args.N[-1], out / "theory.png")
             return 0
         finished = run_all(args.jobs)
-        rows = load_runs(out, args.task)
-        if rows:
+        if any(finished):
+            rows = load_runs(out, args.task)
             draw(rows, args.tries, out / f"{args.task}.png")
             print_table(rows, args.tries)
             print_tries(rows)

@@ -111,10 +111,15 @@ def with_value(log_p, value):
     return value.detach().to(log_p) + log_p - log_p.detach()
 
 
-def encode(texts, vocab):
+def encode(texts, vocab, unknown=None):
     """Texts (strings, or lists of words) of equal length -> tokens (number of texts, length)."""
     token = {text: i for i, text in enumerate(vocab)}
-    return torch.tensor([[token[piece] for piece in text] for text in texts])
+    return torch.tensor([[token.get(piece, unknown) for piece in text] for text in texts])
+
+
+def padded(pieces, length):
+    """A text, or a list of words, padded in front."""
+    return ["<pad>"] * (length - len(pieces)) + [*pieces]
 
 
 # ---- multiply: 37*58= -> 2146, with no working shown -----------------------------------------------------------------
@@ -189,14 +194,11 @@ class Traces(Task):
 
     def measure(self, model):
         prompts, right = self.test
-        greedy = model.sample(prompts, right.shape[1], temperature=0)
-        p = []
-        for T in self.temperatures:
-            traces = sample_many(model, prompts, right.shape[1], self.num_samples, T)
-            p.append(self.same_answer(traces, right).float().mean(dim=1))
-            if T == 1:
-                confidence = self.same_answer(traces, greedy).float().mean(dim=1)
-        return torch.stack(p), confidence
+        length = right.shape[1]
+        traces = [sample_many(model, prompts, length, self.num_samples, T) for T in self.temperatures]
+        p = [self.same_answer(some, right).float().mean(dim=1) for some in traces]
+        greedy = model.sample(prompts, length, temperature=0)
+        return torch.stack(p), self.same_answer(traces[0], greedy).float().mean(dim=1)
 
     def same_answer(self, traces, trace):
         """Which of the traces (P, number, A) end in the same answer as one trace (P, A) does: (P, number)."""
@@ -290,10 +292,9 @@ def hypotheses_text(hypotheses):
     return "".join(f"{formula_text(formula)} {name}  " for formula, name in zip(hypotheses, NAMES))
 
 
-def padded(text, length):
-    """A text as the model reads it, without arrows and spaces, padded in front."""
-    text = re.sub("[→ ]", "", text)
-    return ["<pad>"] * (length - len(text)) + [*text]
+def as_read(text):
+    """A text as the model reads it: without arrows and spaces."""
+    return re.sub("[→ ]", "", text)
 
 
 class Table(NamedTuple):
@@ -314,8 +315,8 @@ def table_of(theorem):
     row = {state: i for i, state in enumerate(states)}
     sets = [*dict.fromkeys(hypotheses for hypotheses, _ in states)]
     under = torch.tensor([sets.index(hypotheses) for hypotheses, _ in states])
-    hypotheses = encode([padded(hypotheses_text(own), MAX_HYPOTHESES) for own in sets], PROOF_VOCAB)
-    goals = encode([padded("⊢" + formula_text(goal), MAX_GOAL) for _, goal in states], PROOF_VOCAB)
+    hypotheses = encode([padded(as_read(hypotheses_text(own)), MAX_HYPOTHESES) for own in sets], PROOF_VOCAB)
+    goals = encode([padded(as_read("⊢" + formula_text(goal)), MAX_GOAL) for _, goal in states], PROOF_VOCAB)
     subgoals = [[[NO_TACTIC, NO_TACTIC] for _ in TACTICS] for _ in states]
     for state in states:
         for tactic, left in tactics(state).items():
@@ -479,9 +480,9 @@ def draw_theorems(seed, num_train, num_test):
     pick, theorems = random.Random(seed), []
     while len(theorems) < num_train + num_test:
         theorem = random_theorem(pick)
-        if is_hard(theorem) and all(len(padded(hypotheses_text(hypotheses), 0)) <= MAX_HYPOTHESES
-                                    for hypotheses, _ in reachable(theorem)):
-            theorems.append(theorem)
+        if is_hard(theorem):
+            longest = max(len(as_read(hypotheses_text(hypotheses))) for hypotheses, _ in reachable(theorem))
+            theorems += [theorem] * (longest <= MAX_HYPOTHESES)
     return theorems[:num_train], theorems[num_train:]
 
 
@@ -540,15 +541,12 @@ class MathQuestions(Task):
         signs = [*"-0123456789"]
         common = {word for word in counts if counts[word] > 1}
         vocab = ["<pad>", "<end>", "<unk>", *signs, *sorted(common - {*signs})]
-        known = {*vocab}
-
-        def as_tokens(split):
-            questions = [[word if word in known else "<unk>" for word in words(text)] for text, _ in problems[split]]
-            questions = [["<pad>"] * (MAX_QUESTION - len(question)) + question for question in questions]
-            answers = [[*answer, "<end>"] + ["<pad>"] * (4 - len(answer)) for _, answer in problems[split]]
-            return encode(questions, vocab), encode(answers, vocab)
-
-        super().__init__(vocab, as_tokens("train"), as_tokens("test"))
+        tokens = []
+        for split in problems.values():
+            questions = [padded(words(question), MAX_QUESTION) for question, _ in split]
+            answers = [[*answer, "<end>"] + ["<pad>"] * (4 - len(answer)) for _, answer in split]
+            tokens.append((encode(questions, vocab, vocab.index("<unk>")), encode(answers, vocab)))
+        super().__init__(vocab, *tokens)
 
     def read(self, math_dir):
         """{split: [(question, answer), …]}. What a guesser knows is kept, and which data set it is, in eight letters."""

@@ -4,8 +4,6 @@ import copy
 import json
 import math
 import os
-import pickle
-import re
 import runpy
 import sys
 from pathlib import Path
@@ -15,6 +13,8 @@ os.environ["OMP_NUM_THREADS"] = "1"  # read when PyTorch is loaded
 import matplotlib
 import pytest
 import torch
+from pytest import approx
+from torch.nn.functional import cross_entropy
 
 transformers = pytest.importorskip("transformers")
 tokenizers = pytest.importorskip("tokenizers")
@@ -57,8 +57,8 @@ def save_model(folder, name="Llama", end="<end>", seed=0, template=None, **chang
     for layer in model.model.layers if hasattr(model, "model") and hasattr(model.model, "layers") else ():
         layer.self_attn.q_proj.weight.data *= 0.1  # attend to all of a text, so that a wrong mask or place shows
     model.to(model.config.dtype or torch.float32).save_pretrained(folder)
-    if end:
-        transformers.PreTrainedTokenizerFast(tokenizer_object=words, eos_token=end).save_pretrained(folder)
+    if end is not None:
+        transformers.PreTrainedTokenizerFast(tokenizer_object=words, eos_token=end or None).save_pretrained(folder)
     return str(folder)
 
 
@@ -67,51 +67,40 @@ def llama(tmp_path_factory):
     return save_model(tmp_path_factory.mktemp("llama"))
 
 
-def problem(question, answer):
-    return {"problem": question, "solution": f"It is $\\boxed{{{answer}}}$."}
-
-
-MATH = {
-    "train": [problem("What is $1+1$?", 2), problem("Of $2$ and $13$, which is the larger?", 13),
-              problem("Find $x$: $x=-2$", -2)],
-    "test": [problem("What is $-3-4$, do you think?", -7), problem("What is $3-1$?", 2),
-             problem("Unheard of: 2+3?", 5)],
-}
+def line(question, answer):
+    return json.dumps({"problem": question, "solution": f"It is $\\boxed{{{answer}}}$."})
 
 
 @pytest.fixture
 def math_dir(tmp_path):
-    for split, problems in MATH.items():
-        (tmp_path / f"{split}.jsonl").write_text("\n".join(map(json.dumps, problems)))
+    train = [("What is $1+1$?", 2), ("Of $2$ and $113$, which is the larger?", 113), ("Find $x$: $x=-2$", -2)]
+    test = [("What is $-3-4$, do you think?", -7), ("What is $3-1$?", 2), ("Unheard of: 2+3?", 5)]
+    for name, problems in {"train.jsonl": train, "test.jsonl": test}.items():
+        (tmp_path / name).write_text("\n".join(line(*problem) for problem in problems))
     return str(tmp_path)
 
 
 def set_up(math_dir, model):
-    """The task, and a new model for it."""
     task = LanguageModel(0, math_dir, model).to("cpu")
     return task, task.new_model(passn.GPT, n_layer=2, n_head=4, n_embd=64)
 
 
 def prompt_and_answer(task, i):
-    return [*task.texts[i][:1 - task.answers.shape[1]]], task.answers[i][task.answers[i] != NO_TOKEN].tolist()
-
-
-def log_p_of(logits, answer, temperature=1.0):
-    return sum(row.log_softmax(dim=0)[token].item() for row, token in zip(logits / temperature, answer))
+    return [*task.texts[i][:1 - task.A]], task.answers[i][task.answers[i] != NO_TOKEN].tolist()
 
 
 @torch.no_grad()
-def read_at_once(task, i, begin=()):
+def read_at_once(task, i):
     """log p of the right answer, from one pass of the original over question and answer."""
     prompt, answer = prompt_and_answer(task, i)
-    return log_p_of(task.original(torch.tensor([[*begin, *prompt, *answer]])).logits[0, -1 - len(answer):-1], answer)
+    logits = task.original(torch.tensor([prompt + answer])).logits[0, -1 - len(answer):-1]
+    return -cross_entropy(logits, torch.tensor(answer), reduction="sum").item()
 
 
 def whole(task, model):
     """The whole trained model: the original with the trained layers in place of its own."""
     result = copy.deepcopy(task.original)
-    for layer, trained in zip(result.model.layers[-len(model.model.layers):], model.model.layers):
-        layer.load_state_dict(trained.state_dict())
+    result.model.layers[1:].load_state_dict(model.model.layers.state_dict())
     return result
 
 
@@ -120,19 +109,17 @@ def test_the_problems_are_those_of_math_in_the_models_own_tokens(llama, math_dir
     told = {task.tokenizer.decode(prompt): answer for prompt, answer in (prompt_and_answer(task, i) for i in range(6))}
     assert told["Unheard of: 2+3?\nAnswer:"] == task.tokenizer(" 5")["input_ids"] + [96]
     assert told["What is $-3-4$, do you think?\nAnswer:"] == task.tokenizer(" -7")["input_ids"] + [96]
-    assert len(told) == 6 and task.size == 3 and task.answers.shape == (6, 4)
+    assert len(told) == 6 and task.size == 3 and task.answers.shape == (6, 5)
     assert (task.frequencies, task.test_answers) == (small.frequencies, small.test_answers)
     assert passn.guessers(task, 8) == passn.guessers(small, 8)
 
 
-@torch.no_grad()
 @pytest.mark.parametrize("template, begin", [("$A <end>", []), ("~ $A <end>", [93]), ("~ $A", [93])])
 def test_prompts_have_no_end_token(template, begin, llama, math_dir, tmp_path):
     """Some tokenizers put it after every text. p of the right answer is that of the text without it."""
-    plain, (task, model) = LanguageModel(0, math_dir, llama), set_up(math_dir, save_model(tmp_path / "m", template=template))
+    plain, (task, model) = set_up(math_dir, llama)[0], set_up(math_dir, save_model(tmp_path / "m", template=template))
     assert torch.equal(task.answers, plain.answers) and task.texts == [(*begin, *text) for text in plain.texts]
-    log_p = task.log_p(model, torch.arange(6)).tolist()
-    assert log_p == pytest.approx([read_at_once(plain, i, begin) for i in range(6)], rel=5e-3)
+    assert task.log_p(model, torch.arange(6)).tolist() == approx([read_at_once(task, i) for i in range(6)], rel=5e-3)
 
 
 @torch.no_grad()
@@ -158,29 +145,29 @@ def test_p_and_confidence_are_those_of_sampling_the_whole_model(llama, math_dir)
         for _ in answer:
             sampled = torch.cat([sampled, next_logits(prompt, sampled).softmax(dim=1).multinomial(1)], dim=1)
         right = (sampled == torch.tensor(answer)).all(dim=1).double().mean().item()
-        assert 0.1 < math.exp(log_p[i]) < 0.95 and right == pytest.approx(math.exp(log_p[i]), abs=0.04)
+        assert 0.1 < math.exp(log_p[i]) < 0.95 and right == approx(math.exp(log_p[i]), abs=0.04)
         logits = torch.cat([next_logits(prompt, torch.tensor([answer[:t]]).long()) for t in range(len(answer))])
-        assert tempered[i] == pytest.approx(log_p_of(logits, answer, 2.0), abs=0.05)
+        assert tempered[i] == approx(-cross_entropy(logits / 2, torch.tensor(answer), reduction="sum").item(), abs=0.05)
     prompt, best, log_best = prompt_and_answer(task, 3)[0], torch.empty(1, 0, dtype=torch.long), 0.0
-    while best.shape[1] < 4 and 96 not in best:
+    while best.shape[1] < 5 and 96 not in best:
         top = next_logits(prompt, best).log_softmax(dim=1).max(dim=1)
         best, log_best = torch.cat([best, top.indices[:, None]], dim=1), log_best + top.values.item()
     p, confidence = task.measure(model)
-    assert len(confidence) == 1 and math.log(confidence[0]) == pytest.approx(log_best, abs=0.05)  # of every fifth
-    assert p.shape == (6, 3) and p[0].log().tolist() == pytest.approx(log_p[3:], abs=1e-4)
-    assert p[4].log().tolist() == pytest.approx(tempered[3:], abs=1e-4) and task.temperatures[4] == 2
+    assert len(confidence) == 1 and math.log(confidence[0]) == approx(log_best, abs=0.05)  # of every fifth
+    assert p.shape == (6, 3) and task.temperatures[4] == 2
+    assert p[[0, 4]].log().flatten().tolist() == approx(log_p[3:] + tempered[3:], abs=1e-4)
     record = run["history"][-1]
-    assert record["train_p"] == pytest.approx(sum(map(math.exp, log_p[:3])) / 3)
-    assert record["p"][4] == pytest.approx(p[4].tolist(), rel=1e-5) and record["confidence"] == pytest.approx(confidence[0])
+    assert record["p"][4] == approx(p[4].tolist(), rel=1e-5) and record["confidence"] == approx(confidence[0])
+    assert record["train_p"] == approx(sum(map(math.exp, log_p[:3])) / 3)
 
 
 @torch.no_grad()
-def test_padding_and_batches_change_no_p(llama, math_dir):
+def test_padding_batches_and_the_way_to_logits_change_no_p(llama, math_dir, monkeypatch):
     task, model = set_up(math_dir, llama)
     together = task.log_p(model, torch.tensor([2, 0, 1]))
     alone = torch.cat([task.log_p(model, torch.tensor([i])) for i in (2, 0, 1)])
     torch.testing.assert_close(together, alone, rtol=1e-5, atol=1e-5)
-    assert together.tolist() == pytest.approx([read_at_once(task, i) for i in (2, 0, 1)], rel=5e-3)
+    assert together.tolist() == approx([read_at_once(task, i) for i in (2, 0, 1)], rel=5e-3)
     many = task.log_p(model, torch.tensor([2, 0, 1]).repeat(20))  # more than are run at once
     torch.testing.assert_close(many, together.repeat(20), rtol=1e-5, atol=1e-5)
     logits, own = task.own_answers(model, [0, 1, 2, 3])
@@ -188,67 +175,54 @@ def test_padding_and_batches_change_no_p(llama, math_dir):
     torch.testing.assert_close(logits, torch.cat([logits for logits, _ in one_by_one]), rtol=1e-4, atol=1e-4)
     assert torch.equal(own, torch.cat([own for _, own in one_by_one]))
     assert logits.dtype == torch.float32 and not torch.equal(logits, logits.bfloat16().float())
-
-
-@torch.no_grad()
-def test_right_answers_written_by_the_model_itself_have_the_same_logits(llama, math_dir, monkeypatch):
-    """The two ways to logits agree: layers on stored states, and all layers, token by token."""
-    task, model = set_up(math_dir, llama)
-    right, answers = task.right_answers(model, [0, 1, 2, 4])
+    right, answers = task.right_answers(model, [0, 1, 2, 4])  # and now written by the model itself:
     forced = iter(answers.T.clamp(min=0)[..., None])
     monkeypatch.setattr(language_model, "choose", lambda p: next(forced))
     own, written = task.own_answers(model, [0, 1, 2, 4])
-    assert torch.equal(written, answers)
     counts = answers != NO_TOKEN
-    assert (own[counts] - right[counts]).std() < 0.02 * right.std()
+    assert torch.equal(written, answers) and (own[counts] - right[counts]).std() < 0.02 * right.std()
 
 
-@torch.no_grad()
-def test_questions_are_read_once_and_kept_in_bfloat16(llama, math_dir, monkeypatch):
+def test_questions_are_read_once_and_kept_in_bfloat16(llama, math_dir):
     encode.cache_clear()
-    task, model = set_up(math_dir, llama)
-    task.refresh(model)
-    num_read = encode.cache_info().misses
-    task.refresh(model)
-    task.log_p(model, torch.arange(3))
-    set_up(math_dir, llama)[0].log_p(model, torch.arange(3))  # as for another loss or seed
-    assert encode.cache_info().misses == num_read == 7  # with the longest once more, unrounded
+    for _ in range(2):  # as for another loss or seed
+        task, model = set_up(math_dir, llama)
+        task.refresh(model)
+        task.log_p(model, torch.arange(3))
+    assert encode.cache_info().misses == 7  # the longest once more, to be compared
     states, keys_values = task.encoded(range(6), 2)
     assert {part.dtype for part in states + keys_values} == {torch.bfloat16}
 
 
 def test_only_the_top_layers_are_trained(llama, math_dir):
     before = copy.deepcopy(load(llama)[0].state_dict())
-    runs = [passn.train("math-lm", "ce", epochs=2, math_dir=math_dir, model=llama) for _ in range(2)]
-    (run, model), (again, _) = runs
+    (run, model), (again, _) = (passn.train("math-lm", "ce", epochs=2, math_dir=math_dir, model=llama) for _ in "ab")
     for record in run["history"] + again["history"]:
         record["seconds"] = 0
     assert run == again  # the second begins with the same weights as the first
     assert all(torch.equal(value, before[name]) for name, value in load(llama)[0].state_dict().items())
     after = whole(LanguageModel(0, math_dir, llama), model).state_dict()
     changed = {name for name, value in after.items() if not torch.equal(value, before[name])}
-    assert changed == {name for name in before if re.match(r"model\.layers\.[12]\.", name)}
+    assert changed == {name for name in before if name.startswith(("model.layers.1.", "model.layers.2."))}
     assert len(model.model.layers) == 2
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items() if "layers" not in name)
 
 
 @pytest.mark.parametrize("name, changes", [
     ("Llama", {"tie_word_embeddings": True}), ("Llama", {"dtype": torch.bfloat16}),
-    ("Granite", {"logits_scaling": 8.0}), ("Gemma2", {"head_dim": 8, "sliding_window": 48}),
+    ("Granite", {"logits_scaling": 8.0}), ("Gemma2", {"head_dim": 8, "sliding_window": 50}),  # no text is longer
     ("Gemma2", {"head_dim": 8, "sliding_window": 16, "final_logit_softcapping": 3.0,
                 "layer_types": ["sliding_attention"] * 3})])
 def test_other_models_are_right_too(name, changes, math_dir, tmp_path):
-    """Tied embeddings, scaled or capped logits, a window shorter than the text, or windows in some layers that are as
-    long as the longest text: all in the model's own forward pass."""
+    """Tied embeddings, scaled or capped logits, windows: all in the model's own forward pass."""
     task, model = set_up(math_dir, save_model(tmp_path / "model", name, **changes))
     with torch.no_grad():
         log_p = task.log_p(model, torch.arange(6)).tolist()
-    assert log_p == pytest.approx([read_at_once(task, i) for i in range(6)], rel=0.02, abs=0.02)
+    assert log_p == approx([read_at_once(task, i) for i in range(6)], rel=0.02, abs=0.02)
 
 
 def refused(model, math_dir, capsys, *flags):
     """The one line on standard error, after checking that it is one and that the exit status is 2."""
-    capsys.readouterr()
     with pytest.raises(SystemExit) as stop:
         passn.main(["--task", "math-lm", "--model", model, "--math-dir", math_dir, "--out", f"{math_dir}/out", *flags])
     said = capsys.readouterr()
@@ -256,45 +230,29 @@ def refused(model, math_dir, capsys, *flags):
     return said.err
 
 
-BAD = {  # how their models are made
-    "no tokenizer": {"end": None}, "no end": {}, "broken": {}, "other": {"name": "GPTNeoX"},
-    "opt": {"name": "OPT", "word_embed_proj_dim": 32}, "granite": {"name": "Granite", "embedding_multiplier": 12.0},
-    "gemma2": {"name": "Gemma2", "head_dim": 8, "sliding_window": 16},  # in every other layer: the top takes the wrong ones
-    "wide window": {"name": "Gemma2", "head_dim": 8, "sliding_window": 47}}  # the longest text alone is longer, 48 tokens
-
-
-@pytest.mark.parametrize("model, hint", [
-    ("/nowhere", "/nowhere"), ("/nowhere.gguf", "/nowhere.gguf"), (__file__, "config"), ("broken.gguf", "broken.gguf"),
-    ("no tokenizer", "tokenizer"), ("no end", "no end token"), ("other", "GPTNeoXForCausalLM"), ("opt", "OPTModel"),
-    ("granite", "other logits"), ("gemma2", "other logits"), ("wide window", "other logits"), ("broken", "broken")])
-def test_bad_models_get_one_line(model, hint, math_dir, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("model, made, hint", [
+    ("/nowhere", None, "/nowhere"), ("/nowhere.gguf", None, "/nowhere.gguf"), (__file__, None, "config"),
+    ("broken.gguf", None, "broken.gguf"), ("broken", {}, "broken"), ("uninstalled", None, "transformers"),
+    ("no tokenizer", {"end": None}, "tokenizer"), ("no end", {"end": ""}, "no end token"),
+    ("other", {"name": "GPTNeoX"}, "GPTNeoX"), ("opt", {"name": "OPT", "word_embed_proj_dim": 32}, "OPTModel"),
+    ("granite", {"name": "Granite", "embedding_multiplier": 12.0}, "other logits"),
+    ("gemma2", {"name": "Gemma2", "head_dim": 8, "sliding_window": 16}, "other logits"),  # in every other layer
+    ("gemma2-49", {"name": "Gemma2", "head_dim": 8, "sliding_window": 49}, "other logits")])  # one text is longer
+def test_bad_models_get_one_line(model, made, hint, math_dir, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     Path("broken.gguf").write_bytes(b"nonsense")
-    if model in BAD:
-        save_model(model, **BAD[model])
-    if model == "no end":
-        file = Path(model, "tokenizer_config.json")
-        file.write_text(json.dumps(json.loads(file.read_text()) | {"eos_token": None}))
+    if made is not None:
+        save_model(model, **made)
     if model == "broken":
         Path(model, "model.safetensors").write_bytes(b"nonsense")
+    if model == "uninstalled":
+        monkeypatch.setitem(sys.modules, "transformers", None)
     said = refused(model, math_dir, capsys)
-    assert hint in said and "like Llama" in said
-
-
-@pytest.mark.parametrize("flag", ["--n-head", "--n-embd"])
-def test_flags_that_do_nothing_are_refused(flag, llama, math_dir, capsys):
-    assert "does nothing" in refused(llama, math_dir, capsys, flag, "8")
-
-
-def test_without_transformers_one_line_says_so(math_dir, monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, "transformers", None)  # as if not installed
-    said = refused("any", math_dir, capsys)
-    assert "transformers" in said.split("(needed")[0] and "like Llama" in said
+    assert hint in said.split("(needed")[0] and "like Llama" in said
 
 
 @torch.no_grad()
 def test_a_model_that_diverges_is_reported(llama, math_dir):
-    """Sampling from nan gives something, and measuring says so."""
     task, model = set_up(math_dir, llama)
     model.model.layers[0].mlp.up_proj.weight[0, 0] = math.nan
     assert len(task.show_tries(model, 4)) == 3
@@ -302,18 +260,20 @@ def test_a_model_that_diverges_is_reported(llama, math_dir):
         passn.evaluate(task, model, "limited", 64)
 
 
-def test_main_trains_saves_and_shows(llama, math_dir, tmp_path, capsys):
-    out = tmp_path / "out"
-    arguments = ["--math-dir", math_dir, "--out", str(out), "--epochs", "1"]
-    assert passn.main(["--task", "math-lm", "--model", llama, *arguments]) == 0
+def test_main_trains_saves_and_shows(llama, math_dir, capsys):
+    for flag in ("--n-head", "--n-embd"):
+        assert "does nothing" in refused(llama, math_dir, capsys, flag, "8")
+    out = Path(math_dir, "out")
+    flags = ["--task", "math-lm", "--model", llama, "--math-dir", math_dir, "--out", str(out), "--epochs", "1"]
+    assert passn.main(flags) == 0
     said = capsys.readouterr().out
     assert (out / "math-lm.png").is_file() and len([*out.glob("math-lm-*.json")]) == 2
     assert "cross-entropy" in said and "guess best for 64 tries" in said and "Unheard of: 2+3? Answer: 5\n" in said
     run = json.loads((out / "math-lm-limited-N=64-epochs=1-seed0.json").read_text())
     assert run["config"]["data"].startswith(Path(llama).name) and len(run["baselines"]) == 3
-    assert [len(p) for p in run["history"][-1]["p"]] == [3] * 6 and [len(tries) for _, _, tries in run["tries"]] == [64] * 3
-    assert all(right == tries.count(problem.split("Answer:")[1]) for problem, right, tries in run["tries"])
-    assert all(len({*tries}) > 1 for _, _, tries in run["tries"])
+    assert [len(p) for p in run["history"][-1]["p"]] == [3] * 6
+    for problem, right, tries in run["tries"]:
+        assert right == tries.count(problem.split("Answer:")[1]) and len(tries) == 64 and len({*tries}) > 1
 
 
 def test_runs_of_two_models_or_data_sets_are_never_mixed(llama, math_dir, tmp_path):
@@ -321,7 +281,7 @@ def test_runs_of_two_models_or_data_sets_are_never_mixed(llama, math_dir, tmp_pa
     same_weights = save_model(tmp_path / "again" / Path(llama).name, rope_theta=5e5)
     data = [LanguageModel(0, math_dir, model).data for model in (llama, same_name, same_weights)]
     passn.train("math-lm", "ce", out=tmp_path / "out", epochs=0, math_dir=math_dir, model=llama)
-    (tmp_path / "test.jsonl").write_text(json.dumps(problem("What is $6-1$?", 5)))
+    (tmp_path / "test.jsonl").write_text(line("What is $6-1$?", 5))
     data.append(LanguageModel(0, math_dir, llama).data)
     assert len({*data}) == 4 and all(name.startswith(Path(llama).name) for name in data)
     for model in (same_name, llama):
@@ -329,31 +289,24 @@ def test_runs_of_two_models_or_data_sets_are_never_mixed(llama, math_dir, tmp_pa
             passn.train("math-lm", "ce", out=tmp_path / "out", epochs=0, math_dir=math_dir, model=model)
 
 
-@pytest.mark.parametrize("arguments", [[], ["-h"], ["--math-dir", "x"]])
-def test_without_a_model_one_line_tells_the_usage(arguments, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", [language_model.__file__, *arguments])
-    monkeypatch.setitem(TASKS, "math-lm", None)  # to be put back
-    with pytest.raises(SystemExit) as stop:
-        runpy.run_path(language_model.__file__, run_name="__main__")
-    said = capsys.readouterr()
-    assert stop.value.code == 2 and "MODEL --math-dir DIR" in said.err and said.err.count("\n") == 1
-
-
 def test_worker_processes_know_the_new_task(llama, math_dir, tmp_path, monkeypatch):
-    """What they do: import the program under another name, and unpickle a job."""
-    job = {"task": "math-lm", "loss": "ce", "math_dir": math_dir, "model": llama, "epochs": 0, "out": tmp_path / "out"}
+    """What they do: import the program under another name, and then run a job."""
     monkeypatch.delitem(TASKS, "math-lm")
     runpy.run_path(language_model.__file__, run_name="__mp_main__")
-    assert passn.run_job(pickle.loads(pickle.dumps(job)))
-    run, = (json.loads(path.read_text()) for path in (tmp_path / "out").glob("math-lm-*.json"))
-    assert run["task"] == "math-lm" and len(run["history"][0]["p"][0]) == 3
+    assert passn.run_job({"task": "math-lm", "math_dir": math_dir, "model": llama, "epochs": 0, "out": tmp_path})
+    assert (tmp_path / "math-lm-limited-N=64-epochs=0-seed0.json").is_file()
 
 
-def test_as_a_program_it_runs_from_any_folder(llama, math_dir, monkeypatch, capsys):
-    flags = ["--math-dir", ".", "--out", "x", "--loss", "ce", "--epochs", "0"]
-    monkeypatch.setattr(sys, "argv", [language_model.__file__, llama, *flags])
+def test_as_a_program_it_wants_a_model_and_runs_from_any_folder(llama, math_dir, monkeypatch, capsys):
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", [language_model.__file__, *arguments])
+        with pytest.raises(SystemExit) as stop:
+            runpy.run_path(language_model.__file__, run_name="__main__")
+        return stop.value.code, capsys.readouterr()
+
+    for arguments in ([], ["-h"], ["--math-dir", "x"]):
+        code, said = run(*arguments)
+        assert code == 2 and "MODEL --math-dir DIR" in said.err and said.err.count("\n") == 1
     monkeypatch.chdir(math_dir)
-    with pytest.raises(SystemExit) as stop:
-        runpy.run_path(language_model.__file__, run_name="__main__")
-    assert stop.value.code == 0 and "64 tries" in capsys.readouterr().out
-    assert len([*Path("x").glob("math-lm-*.json")]) == 1
+    code, said = run(llama, "--math-dir", ".", "--out", "x", "--loss", "ce", "--epochs", "0")
+    assert code == 0 and "64 tries" in said.out and len([*Path("x").glob("math-lm-*.json")]) == 1
