@@ -71,15 +71,20 @@ def estimate_pass_at_n(num_samples, num_correct, N):
     1 - C(n - c, N) / C(n, N): of all ways to choose N of the n samples, the share with a right one among them. (Putting c / n for p into the formula above would be biased.)
     Each argument: a whole number, or a tensor of them; together they give the shape. Returns float64 on the CPU. Raises
     ValueError where N > n or N < 1, or where c is not within 0 and n. Source: Chen et al. 2021, arXiv 2107.03374."""
+    n, c, N = checked_counts(num_samples, num_correct, N)
+    return 1 - all_fail(n, c, N)
+
+
+def checked_counts(num_samples, num_correct, N):
     n, c, N = exact(num_samples), exact(num_correct), exact(N)
     require((n % 1 + c % 1 + N % 1 == 0).all(), "n, c and N count samples: give whole numbers")
     require(((0 <= c) & (c <= n)).all(), "num_correct counts right samples: from 0 to num_samples")
     require(((1 <= N) & (N <= n)).all(), "pass@N cannot be estimated from fewer than N samples, nor for N < 1")
-    return 1 - all_fail(n, c, N)
+    return n, c, N
 
 
 def all_fail(n, c, N):
-    """C(n - c, N) / C(n, N) = Π_{j<c} (1 - N / (n - j))."""
+    """C(n - c, N) / C(n, N) = Π_{j<c} (1 - N / (n - j)): of all sets of N samples, the share without a right one."""
     result = torch.ones(torch.broadcast_shapes(n.shape, c.shape, N.shape), dtype=torch.float64)
     for j in range(int(max(c.flatten().tolist(), default=0))):
         result *= torch.where(j < c, (1 - N / (n - j)).clamp(min=0), 1.0)
@@ -107,8 +112,8 @@ def dco_loss(log_p, N):
     each example. Returns (B,), in the dtype of log_p: take the mean and call backward. Autograd supplies F. The relative
     error is below 1e-5 in float32 and 1e-12 in float64, and the gradient finite, for N from 1 to 1,000,000 and log_p from 0
     to -2000, where p itself has long underflowed. Raises ValueError for N < 1, for log_p > 0, which is no log-probability
-    (a loss, perhaps: change its sign), and for integers. These checks read values: torch.compile breaks its graph there,
-    and torch.func.vmap is not needed. Source: arXiv 2502.07154."""
+    (a loss, perhaps: change its sign), and for integers. These checks read values: torch.compile breaks its graph there, and
+    torch.func.vmap fails; it is not needed. Source: arXiv 2502.07154."""
     x, N, log_fail = log_probabilities(log_p, N)
     loss = -log1mexp(N * log_fail) + (x.clamp(min=-50) - x)  # where p < e^-50, 1 - (1 - p)^N is N p to the last digit
     return torch.where(N == 1, -x, loss).to(log_p)
@@ -125,7 +130,7 @@ def overconfidence_factor(log_p, N):
 
 
 def log_probabilities(log_p, N):
-    """log p, N and log(1 - p), this kept finite where p is 1, and that of e^-50 where p is less."""
+    """log p, N and log(1 - p), in float64. For the last, log p is kept within -50 and just below 0, so that it is finite."""
     require(log_p.is_floating_point(), "log_p is a tensor of floating-point numbers")
     require(not (log_p > 1e-3).any(), "log_p is a log-probability, 0 or less: is its sign lost?")
     x = exact(log_p)
@@ -166,13 +171,12 @@ def pass_at_n_weights(num_samples, num_correct, N):
     w is N/n times the unbiased estimate of (1 - p)^(N-1), the chance that N - 1 other tries all fail: the idea of F once
     more. A wrong try weighs 0, and no baseline need be subtracted. With N = 1, w = 1/n: plain REINFORCE.
     Arguments, shapes and errors as in `estimate_pass_at_n`. Source: Walder and Karkhanis 2025, arXiv 2505.15201."""
-    estimate_pass_at_n(num_samples, num_correct, N)  # for its errors
-    n, c, N = exact(num_samples), exact(num_correct), exact(N)
+    n, c, N = checked_counts(num_samples, num_correct, N)
     return (c > 0) * N / n * all_fail(n - 1, c - 1, N - 1)
 
 
 def reinforce_loss(is_right, log_pi, N):
-    """What has this estimate for its gradient, from tries: which are right, and their log-probabilities, both (B, n)."""
+    """A loss whose gradient is minus this estimate, from tries: which are right, and their log-probabilities, both (B, n)."""
     weights = pass_at_n_weights(is_right.shape[1], is_right.sum(dim=1), N)
     return -(weights[:, None] * is_right * log_pi).sum(dim=1).mean()
 
@@ -187,8 +191,8 @@ LOSSES = {  # from the batch's log_p (B,) and N to the number that is minimized
 #
 # The usual decoder: token and position embeddings, blocks of attention and MLP, logits for the next token. What tasks need
 # of it are two methods: the probability of a given answer, and sampled answers. Two things save time and change no number.
-# `last`: where only the last few logits are wanted (the answer's), the last block computes only those. `caches`: keys and
-# values of past positions are kept, while sampling, and for texts that begin alike.
+# `last`: where only the last few logits are wanted (the answer's), the last block computes only those; 0 means all. `past`:
+# keys and values of past positions are kept, while sampling, and for texts that begin alike.
 
 
 class Block(nn.Module):
@@ -214,8 +218,8 @@ class Block(nn.Module):
         if past is not None:
             k, v = (torch.cat(parts, dim=2) for parts in zip(past, (k, v)))
         Q, K = q.shape[2], k.shape[2]
-        sees = torch.ones(Q, K, dtype=torch.bool, device=x.device).tril(K - Q)  # itself, and what is before it
-        attended = scaled_dot_product_attention(q, k, v, attn_mask=sees if Q > 1 else None)
+        mask = torch.ones(Q, K, dtype=torch.bool, device=x.device).tril(K - Q) if 1 < Q < K else None
+        attended = scaled_dot_product_attention(q, k, v, mask, is_causal=Q == K)  # to itself and what is before it
         x = x[:, -last:] + self.projection(attended.transpose(1, 2).flatten(2))
         return x + self.mlp(self.ln_2(x)), (k, v)
 
@@ -257,7 +261,7 @@ class GPT(nn.Module):
         for T in torch.as_tensor(temperature).flatten().tolist():
             losses = cross_entropy(logits.mT / T, answers, ignore_index=PAD, reduction="none")
             log_ps.append(-losses.sum(dim=1))
-        return log_ps[0] if isinstance(temperature, float) else torch.stack(log_ps)
+        return log_ps[0] if isinstance(temperature, (int, float)) else torch.stack(log_ps)
 
     @torch.no_grad()
     def sample(self, prompts, length, temperature=1.0):
@@ -275,19 +279,19 @@ class GPT(nn.Module):
             answers.append(choose((logits / max(temperature, 1e-6)).softmax(dim=-1)))
         answers = torch.cat(answers, dim=1)
         is_end = answers == END
-        return answers.masked_fill(is_end.cumsum(dim=1) > is_end.long(), PAD)
+        return answers.masked_fill(is_end.cumsum(dim=1) > is_end, PAD)
 
 # ==== 4. Training =========================================================================================
 #
-# One loop for every loss and task. A task, in toy_tasks.py, gives it three things: log p of training examples,
-# differentiable; p of all test problems, from which pass@N follows for every N; and tries, to look at. Training pulls on
-# what the task shows, be it an answer, a trace or the step of a proof, and F depends on p of a whole try.
+# One loop for every loss and task. A task, in toy_tasks.py, gives it log p of training examples, differentiable; p of all
+# test problems, from which pass@N follows for every N; and tries, to look at. Training pulls on what the task shows, be it
+# an answer, a trace or the step of a proof, and F depends on p of a whole try.
 #
 # F gets small, but never zero, and Adam divides a gradient by its own recent size: when all gradients are small, it makes
 # full-size steps of them, and p drifts on. Two things hold it back. Adam's `eps`, far above the usual 1e-8, leaves small
 # gradients small. And training passes over an example that N tries already solve (F < 0.1: p beyond about 3.6/N), as the
-# paper's own code does: gradients add up, and an update is made only when as many examples have pulled as fill a batch. On
-# products, training p ends near 5/N, since updates for other examples carry it a little further.
+# paper's own code does: gradients add up, and an update is made for as many pulling examples as fill a batch. On products,
+# training p ends near 5/N, since updates for other examples carry it a little further.
 
 SETTINGS = {  # of all tasks: {name: (default, what it is)}. Each is a flag, as in --learning-rate 3e-3
     "loss": (["ce", "limited"], "one or more of the losses"),
@@ -310,8 +314,8 @@ def train(task, loss="limited", N=64, seed=0, out=None, device="cpu", tries=64, 
     """Train a new model on a task, given by its name, and measure it as it learns. Returns the run, a dictionary (see the
     README), and the model. `changes` are to the task's settings: epochs=10. In the folder `out`, if given, the run is saved.
 
-    `tries` are those of the best guesser among the baselines, `place` is the line of the progress bar. Raises ValueError
-    where a setting does not fit, and FloatingPointError where training diverges."""
+    `tries` is the N of the guessers among the baselines, `place` the line of the progress bar. Raises ValueError where a
+    setting does not fit, and FloatingPointError where training diverges."""
     config = configure(task, loss, N, seed, **changes)
     for name, value in changes.items():
         require(config[name] == value, f"{name} does nothing for the loss {loss}; leave it out")
@@ -326,7 +330,7 @@ def train(task, loss="limited", N=64, seed=0, out=None, device="cpu", tries=64, 
     is_solved = torch.zeros(problems.size, dtype=torch.bool)  # by N tries, when last seen
     num_pulled, updates, start = 0, 0, time.perf_counter()
 
-    def pulling(log_p, examples):  # those that are not solved; the others are passed over
+    def pulling(log_p, examples):  # log p of those that are not solved; the others are passed over
         if c.loss == "limited":
             is_solved[examples] = overconfidence_factor(log_p.detach(), c.N).cpu() < c.pass_over
         return log_p[~is_solved[examples]]
@@ -335,7 +339,7 @@ def train(task, loss="limited", N=64, seed=0, out=None, device="cpu", tries=64, 
         is_last = epoch == c.epochs
         is_measured = is_last or epoch % math.ceil(c.epochs / c.evaluations) == 0
         if is_measured or c.loss != "ce":
-            problems.refresh(model)
+            problems.refresh(model, epoch)
         if is_measured:
             record = {"epoch": epoch, "updates": updates, "seconds": time.perf_counter() - start}
             run["history"].append(record | evaluate(problems, model, c.loss, c.N))
@@ -344,7 +348,7 @@ def train(task, loss="limited", N=64, seed=0, out=None, device="cpu", tries=64, 
         if is_last:
             return run, model
         if is_solved.any():
-            again = is_solved.nonzero()[:, 0]
+            again = is_solved.nonzero()[:, 0]  # are they still? That takes no gradient
             pulling(look(problems, model, again), again)
         examples = torch.randperm(problems.size, generator=order)
         examples = examples[~is_solved[examples]]
@@ -363,7 +367,7 @@ def train(task, loss="limited", N=64, seed=0, out=None, device="cpu", tries=64, 
                 optimizer.param_groups[0]["lr"] = c.learning_rate * schedule(progress)
                 optimizer.step()
                 optimizer.zero_grad()
-                num_pulled, updates = num_pulled - c.batch_size, updates + 1
+                num_pulled, updates = num_pulled - c.batch_size, updates + 1  # the surplus counts for the next
 
 
 def schedule(progress):
@@ -389,71 +393,6 @@ def evaluate(problems, model, loss, N):
     return {"loss": LOSSES[loss](log_p, N).item(), "train_p": log_p.exp().mean().item(),
             "confidence": confidence.mean().item(), "p": rounded}
 
-
-def settings_of(task):
-    """{name: (default, what it is)}: the settings of all tasks, and the task's own, which are over them."""
-    require(task in TASKS, f"{task} is no task: choose from {', '.join(TASKS)}")
-    arguments = inspect.signature(TASKS[task]).parameters
-    settings = SETTINGS | {name: (arguments[name].default, about) for name, about in TASKS[task].about.items()}
-    return settings | {name: (default, settings[name][1]) for name, default in TASKS[task].settings.items()}
-
-
-def configure(task, loss, N, seed, **changes):
-    """All settings of a run. A change that would do nothing is not made. Raises ValueError where one does not fit."""
-    if loss == "ce" or (loss, N) == ("limited", 1):
-        loss, N = "ce", 1  # the limited loss with N = 1 is cross-entropy, which has no other N
-    settings, only_for = settings_of(task), {"pass_over": ["limited"]} | TASKS[task].only_for
-    config, changes = {}, changes | {"loss": loss, "N": N, "seed": seed}
-    require(loss in LOSSES, f"{loss} is no loss: choose from {', '.join(LOSSES)}")
-    for name in changes:
-        require(name in settings, f"{name} is no setting of the task {task}; leave it out")
-    for name, (default, _) in settings.items():
-        value = changes.get(name, default) if loss in only_for.get(name, [loss]) else default
-        if not isinstance(value, str):
-            kind = int if name == "N" else type(default)
-            low = 1 if kind is int and default and name != "epochs" else 0
-            require(low <= value <= 1_000_000 and kind(value) == value,
-                    f"{name} = {value}: give {kind.__name__} from {low} to 1,000,000")
-            value = kind(value)
-        config[name] = value
-    require(config["n_embd"] % config["n_head"] == 0, "n_embd must be a multiple of n_head")
-    require(N <= (config.get("reinforce") or N), f"reinforce: pass@{N} cannot be estimated from fewer than {N} tries")
-    return config
-
-
-def new_run(task, config, problems, tries):
-    """A run that has measured nothing yet. Its label has what is not as usual. Paths are no part of it: `data` tells one
-    data set from another."""
-    usual, loss, N = settings_of(task), config["loss"], config["N"]
-    own = {name: value for name, value in config.items() if name not in ("N", "seed") and not isinstance(value, str)}
-    changed = [f"{name}={value}" for name, value in own.items() if value != usual[name][0]]
-    label = ", ".join(["cross-entropy" if loss == "ce" else f"{loss} N={N}", *changed])
-    baselines = problems.baselines | (guessers(problems, tries) if problems.frequencies else {})
-    return {"task": task, "loss": loss, "N": N, "seed": config["seed"], "label": label,
-            "config": own | {"data": problems.data}, "num_samples": problems.num_samples,
-            "temperatures": problems.temperatures, "history": [], "baselines": baselines}
-
-
-def save(run, out, is_finished):
-    """Write a run, whole or not at all: to a new file, which then takes the old one's place. Until it is finished, that is
-    *.partial, of a name that no other process writes. Refused where there is a run of other settings, as before an edit of
-    this file, or of other data."""
-    if out is None:
-        return
-    name = f"{run['task']}-{run['label']}-seed{run['seed']}".replace(", ", "-").replace(" ", "-")
-    path, partial, new = (Path(out, name + end) for end in (".json", f"-{os.getpid()}.partial", f"-{os.getpid()}.new"))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    text, config = (json.dumps(part, separators=(",", ":")) for part in (run, run["config"]))
-    require(not path.exists() or config in path.read_text(encoding="utf-8"),
-            f"{path} has other settings or data: remove it, or give another folder")
-    try:
-        new.write_text(text, encoding="utf-8")
-        new.replace(path if is_finished else partial)
-    finally:
-        new.unlink(missing_ok=True)  # what a full disk has left
-    for old in path.parent.glob(f"{glob.escape(name)}-*.partial") if is_finished else ():
-        old.unlink(missing_ok=True)
-
 # ==== 5. Theory ===========================================================================================
 #
 # Why does each loss do what it does? Where a question has one answer that can be learned, cross-entropy learns it by heart,
@@ -466,13 +405,13 @@ def save(run, out, is_finished):
 
 
 def optimal_policy(p, N):
-    """The policy q that maximizes pass@N over Σ_i q_i = 1, and where the reward loss tends, which is minus pass@N.
+    """The policy q that maximizes pass@N over Σ_i q_i = 1. The reward loss, minus pass@N, tends to it.
 
-    The gain is N p_i (1 - q_i)^(N-1), so q_i = max(0, 1 - (λ / p_i)^(1/(N-1))): water-filling. The larger N, the flatter.
+    The gain is N p_i (1 - q_i)^(N-1), so q_i = max(0, 1 - (λ / N p_i)^(1/(N-1))): water-filling. The larger N, the flatter.
     With N = 1 all of q is on the likeliest answer; if several are, they share it equally.
     p: (K,) numbers from 0 on, not all 0 (their scale does not matter). Returns (K,), float64 numpy, sum 1. Raises ValueError
     for any other p, and for N < 1."""
-    return with_equal_gains(lambda q, N: max(N - 1, 1e-9) * np.log1p(-q), p, N)
+    return with_equal_gains(lambda q, N: max(N - 1, 1e-9) * np.log1p(-q), p, N)  # for N = 1 it falls, but hardly
 
 
 def limited_policy(p, N):
@@ -505,7 +444,7 @@ def guessers(problems, N):
     """{name: p of the test problems} of guessers who never see the question. They know how often each answer is right in
     training, and sample from a policy."""
     p = [*problems.frequencies.values()]
-    policies = {"guess by frequency": p, f"guess as limited N={N} tends": limited_policy(p, N),
+    policies = {"guess by frequency": p, f"guess at the limited loss's optimum, N={N}": limited_policy(p, N),
                 f"guess best for {N} tries": optimal_policy(p, N)}
     by_answer = {name: dict(zip(problems.frequencies, q)) for name, q in policies.items()}
     return {name: [q.get(answer, 0.0) for answer in problems.test_answers] for name, q in by_answer.items()}
@@ -518,13 +457,47 @@ def confident_pass_at_n(c, N, a, K):
     At c = 1 that is a for every N: no amount of sampling helps. c: a number or an array."""
     return a * pass_at_n(c, N) + (1 - a) * pass_at_n((1 - c) / (K - 1), N)
 
-# ==== 6. Table and figures ================================================================================
+# ==== 6. Runs, table and figures ==========================================================================
 #
-# All from the saved runs: they hold p of every test problem, and so pass@N for every N. Nothing here is needed to understand
-# the rest.
+# A run holds p of every test problem, and so pass@N for every N. The table and the figure are made from saved runs alone.
+# Nothing from here on is needed to understand the rest.
 
 COLUMNS = (1, 8, 64, 512)  # numbers of tries that figures mark, and that --frontier trains for
 COLORS = {"ce": "#D55E00", "limited": "#0072B2", "reward": "#009E73"}  # for the colour-blind (Okabe, Ito)
+
+
+def new_run(task, config, problems, tries):
+    """A run that has measured nothing yet. Its label names the settings that are not as usual. Paths are no part of it:
+    `data` tells one data set from another."""
+    usual, loss, N = settings_of(task), config["loss"], config["N"]
+    own = {name: value for name, value in config.items() if name not in ("N", "seed") and not isinstance(value, str)}
+    changed = [f"{name}={value}" for name, value in own.items() if value != usual[name][0]]
+    label = ", ".join(["cross-entropy" if loss == "ce" else f"{loss} N={N}", *changed])
+    baselines = problems.baselines | (guessers(problems, tries) if problems.frequencies else {})
+    return {"task": task, "loss": loss, "N": N, "seed": config["seed"], "label": label,
+            "config": own | {"data": problems.data}, "num_samples": problems.num_samples,
+            "temperatures": problems.temperatures, "history": [], "baselines": baselines}
+
+
+def save(run, out, is_finished):
+    """Write a run, whole or not at all: to a new file, which then takes the old one's place. Until it is finished, that is
+    *.partial, of a name that no other process writes. Refused where there is a run of other data, or of other
+    settings, saved before an edit of this file."""
+    if out is None:
+        return
+    name = f"{run['task']}-{run['label']}-seed{run['seed']}".replace(", ", "-").replace(" ", "-")
+    path, partial, new = (Path(out, name + end) for end in (".json", f"-{os.getpid()}.partial", f"-{os.getpid()}.new"))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text, config = (json.dumps(part, separators=(",", ":")) for part in (run, run["config"]))
+    require(not path.exists() or config in path.read_text(encoding="utf-8"),
+            f"{path} has other settings or data: remove it, or give another folder")
+    try:
+        new.write_text(text, encoding="utf-8")
+        new.replace(path if is_finished else partial)
+    finally:
+        new.unlink(missing_ok=True)  # what a full disk has left
+    for old in path.parent.glob(f"{glob.escape(name)}-*.partial") if is_finished else ():
+        old.unlink(missing_ok=True)
 
 
 def pass_at(run, N):
@@ -559,8 +532,9 @@ def row_of(run):
     """What runs of one row have in common."""
     shape = np.shape(run["history"][0]["p"])  # (temperatures, problems)
     require(all(len(p) == shape[1] for p in run["baselines"].values()), "a baseline is of other problems")
-    alike = [run["config"], [*run["baselines"]], [record["epoch"] for record in run["history"]], shape]
-    return run["loss"] != "ce", run["loss"] + "", run["N"] + 0 * run["seed"], run["label"] + "", json.dumps(alike)
+    alike = [run["config"], [*run["baselines"]], [record["epoch"] for record in run["history"]], shape, int(run["seed"]) * 0]
+    require(isinstance(run["loss"], str), "it has no loss")
+    return run["loss"] != "ce", run["loss"], int(run["N"]), run["label"], json.dumps(alike)
 
 
 def stack(row, N):
@@ -605,17 +579,18 @@ def print_table(rows, N):
 def print_tries(rows):
     """What 64 tries at the first three test problems gave under each loss: overconfidence to the naked eye."""
     print("64 tries at the first three test problems:")
-    for same_problem in zip(*(row[0]["tries"] for row in rows)):
+    runs = [run for row in rows for run in row if run["seed"] == rows[0][0]["seed"]]
+    for same_problem in zip(*(run["tries"] for run in runs)):
         print(same_problem[0][0])
-        for row, (_, num_right, tries) in zip(rows, same_problem):
+        for run, (_, num_right, tries) in zip(runs, same_problem):
             counts = Counter(tries)
             commonest = ", ".join(f"{count} × {text}" for text, count in counts.most_common(4))
-            print(f"  {row[0]['label']}: {num_right} right, {len(counts)} different; {commonest}")
+            print(f"  {run['label']}: {num_right} right, {len(counts)} different; {commonest}")
 
 
 def color_of(loss, N):
     """A colour belongs to a loss; it is paler for fewer tries."""
-    return COLORS.get(loss, "#CC79A7"), 1.0 if loss == "ce" else 0.4 + math.log2(N) / 15
+    return COLORS.get(loss, "#CC79A7"), 1.0 if loss == "ce" else min(1.0, 0.4 + math.log2(N) / 15)
 
 
 def draw(rows, N, path):
@@ -687,7 +662,38 @@ def draw_theory(N, path):
     print(f"Figure: {path}")
 
 
-# ==== 7. Command line =====================================================================================
+# ==== 7. Settings and command line ========================================================================
+
+
+def settings_of(task):
+    """{name: (default, what it is)}: the settings of all tasks, and the task's own, which are over them."""
+    require(task in TASKS, f"{task} is no task: choose from {', '.join(TASKS)}")
+    arguments = inspect.signature(TASKS[task]).parameters
+    settings = SETTINGS | {name: (arguments[name].default, about) for name, about in TASKS[task].about.items()}
+    return settings | {name: (default, settings[name][1]) for name, default in TASKS[task].settings.items()}
+
+
+def configure(task, loss, N, seed, **changes):
+    """All settings of a run. A change that would do nothing is not made. Raises ValueError where one does not fit."""
+    if loss == "ce" or (loss, N) == ("limited", 1):
+        loss, N = "ce", 1  # the limited loss with N = 1 is cross-entropy, which has no other N
+    settings, only_for = settings_of(task), {"pass_over": ["limited"]} | TASKS[task].only_for
+    config, changes = {}, changes | {"loss": loss, "N": N, "seed": seed}
+    require(loss in LOSSES, f"{loss} is no loss: choose from {', '.join(LOSSES)}")
+    for name in changes:
+        require(name in settings, f"{name} is no setting of the task {task}; leave it out")
+    for name, (default, _) in settings.items():
+        value = changes.get(name, default) if loss in only_for.get(name, [loss]) else default
+        if not isinstance(value, str):
+            kind = int if name == "N" else type(default)
+            low = 1 if kind is int and default and name != "epochs" else 0
+            require(low <= value <= 1_000_000 and kind(value) == value,
+                    f"{name} = {value}: give {kind.__name__} from {low} to 1,000,000")
+            value = kind(value)
+        config[name] = value
+    require(config["n_embd"] % config["n_head"] == 0, "n_embd must be a multiple of n_head")
+    require(N <= (config.get("reinforce") or N), f"reinforce: pass@{N} cannot be estimated from fewer than {N} tries")
+    return config
 
 
 def parse_arguments(argv):
@@ -695,9 +701,9 @@ def parse_arguments(argv):
     devices = ["cpu", *["mps"] * torch.backends.mps.is_available(), *["cuda"] * torch.cuda.is_available()]
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.error = fail
-    add, tries = parser.add_argument, parser.add_mutually_exclusive_group().add_argument
+    add, one_of_two = parser.add_argument, parser.add_mutually_exclusive_group().add_argument
     add("--task", choices=TASKS, default=[*TASKS][0], help="what to train on; the defaults below are its own")
-    tries("--frontier", dest="N", action="store_const", const=[*COLUMNS], help="short for --N 1 8 64 512")
+    one_of_two("--frontier", dest="N", action="store_const", const=[*COLUMNS], help="short for --N 1 8 64 512")
     add("--seeds", type=int, default=1, help="train with that many seeds, from --seed on")
     add("--tries", type=int, default=64, help="N of the table and the figure (default: 64)")
     add("--theory", action="store_true", help="train nothing: draw why each loss does what it does")
@@ -710,7 +716,7 @@ def parse_arguments(argv):
         takes = {"action": "store_true"} if default is False else {"type": type(default)}
         if isinstance(default, list):
             takes = {"type": type(default[0]), "nargs": "+"}
-        (tries if name == "N" else add)(f"--{name.replace('_', '-')}", default=argparse.SUPPRESS,
+        (one_of_two if name == "N" else add)(f"--{name.replace('_', '-')}", default=argparse.SUPPRESS,
                                         help=f"{about} (default: {default})", **takes)
     args = parser.parse_args(argv)
     given = {name: value for name, value in vars(args).items() if name in settings and value is not None}

@@ -373,8 +373,8 @@ def test_a_traces_p_is_the_given_one_and_the_share_of_other_right_ones():
     sampled = lambda asked, *_: torch.stack(next(draws), dim=1).flatten(0, 1)[:len(asked)]
     batch = torch.tensor([3, 1, 4])
     exact = model.log_p(prompts[batch], given[batch])
-    for share in (0.25, 0.25, 0):  # sampled anew in every second epoch
-        task.refresh(Mock(sample=sampled))
+    for epoch, share in ((0, 0.25), (1, 0.25), (2, 0)):  # sampled anew in every second epoch
+        task.refresh(Mock(sample=sampled), epoch)
         log_p = task.log_p(model, batch)
         assert_close(log_p.exp(), exact.exp() + share)
         assert_close(gradient_of(log_p.sum(), model.parameters()), gradient_of(exact.sum(), model.parameters()))
@@ -386,7 +386,7 @@ def test_a_steps_p_is_that_of_its_theorem_and_pulls_on_the_step():
     model = a_model(task)
     policy = toy_tasks.log_policy(model, task.table)
     steps = policy[row, tactic]
-    task.refresh(model)
+    task.refresh(model, 0)
     log_p = task.log_p(model, batch)
     assert_close(log_p, proof_p(policy.exp(), task.table)[theorem].log())
     assert_close(gradient_of(log_p.sum(), model.parameters()), gradient_of(steps.sum(), model.parameters()))
@@ -939,6 +939,7 @@ def test_the_table_is_that_by_hand(by_hand, capsys):
 
 def test_the_tries_are_those_of_one_seed_and_tell_how_many_are_different(by_hand, capsys):
     by_hand[0][1]["tries"] = [["another problem", 0, ["9"]]]
+    by_hand.append([run_by_hand("limited", 9, seed=7, tries=[["a problem of another seed", 0, ["9"]]])])
     passn.print_tries(by_hand)
     assert capsys.readouterr().out.splitlines()[1:] == [
         "1*1=0001", "  cross-entropy: 2 right, 2 different; 2 × 0001, 1 × 0007",
@@ -984,9 +985,10 @@ def test_the_figures_lines_are_those_by_hand(by_hand):
 
 def test_runs_of_one_loss_with_other_settings_or_other_n_look_different(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    put(run_by_hand("limited", 8), run_by_hand("limited", 64), run_by_hand("limited", 8, config={"eps": 1.0}))
+    put(run_by_hand("limited", 8), run_by_hand("limited", 64), run_by_hand("limited", 8, config={"eps": 1.0}),
+        run_by_hand("new", 1_000_000))
     lines = drawn_by(passn.draw, load_runs(".", "multiply"), 64).axes[0].lines
-    assert len({(str(line.get_color()), line.get_linestyle()) for line in lines}) == 3
+    assert len({(str(line.get_color()), line.get_linestyle()) for line in lines}) == 4
 
 
 def test_a_row_is_runs_that_differ_in_the_seed_alone(tmp_path, monkeypatch):

@@ -6,7 +6,7 @@ cot       37*58: -> 1850+0296=2146       working, then the answer, which alone c
 prove     imitate a proof of a theorem, step by step: p of a whole attempt is exact, by dynamic programming
 search    the theorems of prove, without proofs: the same p, and training pulls on it directly
 
-Training knows a task by what the class `Task` has, and nothing else. To add one, write a class like `Multiply` and enter
+Training knows a task by what the class `Task` has. To add one, write a class like `Multiply` and enter
 it in `TASKS`; exercises/language_model.py does so from outside.
 """
 
@@ -39,8 +39,8 @@ class Task:
     """Problems with one short right answer each, as tokens: prompts (P, T), padded in front, and answers (P, A), padded
     at the end.
 
-    Of a model it wants `log_p(prompts, answers, temperature)` and `sample(prompts, length, temperature)`. The arguments
-    of a task's class, but for the seed, are settings of its own."""
+    Of a model it wants `log_p(prompts, answers, temperature)` and `sample(prompts, length, temperature)`; theorems want
+    `run`, for logits. The arguments of a task's class, but for the seed, are settings of its own."""
     settings = {}  # where they differ from the usual ones
     about = {"num_train": "training problems", "num_test": "test problems"}  # what its own settings are
     only_for = {}  # the losses for which a setting does something, where it does not for all
@@ -50,7 +50,7 @@ class Task:
     reinforce = 0  # tries at each problem, where the gradient is estimated from `sample_tries`
     baselines = {}  # {name: p of the test problems}
     num_measured = 500  # of the training examples
-    frequencies = None  # of the answers in training (K,), where they can be guessed
+    frequencies = None  # {answer: its share in training}, where answers can be guessed; `test_answers` are the right ones
     data = ""  # which data set the problems are from, where they are not made here
 
     def __init__(self, vocab, train, test):
@@ -66,7 +66,7 @@ class Task:
     def new_model(self, GPT, **shape):
         return GPT(len(self.vocab), self.block_size, **shape)
 
-    def refresh(self, model):
+    def refresh(self, model, epoch):
         """What must be done before an epoch whose loss depends on p, so that `log_p` has the right value. Here nothing."""
 
     def log_p(self, model, batch):
@@ -106,8 +106,8 @@ def sample_many(model, prompts, length, number, temperature=1.0):
 
 
 def with_value(log_p, value):
-    """A tensor with log_p's gradient and another value: a loss takes its weight from the value, and pulls on what log_p
-    is of."""
+    """A tensor with log_p's gradient and another value. The value sets the weight that a loss gives; the gradient flows
+    through log_p."""
     return value.detach().to(log_p) + log_p - log_p.detach()
 
 
@@ -177,15 +177,14 @@ class Traces(Task):
             traces.append(f"{first:04d}+{second:04d}={a * b:04d}")
         vocab = ["<pad>", "<end>", *"0123456789*:+="]
         super().__init__(vocab, *split([f"{a}*{b}:" for a, b in pairs], traces, vocab, num_train))
-        self.num_traces, self.resample_every, self.num_refreshed = num_traces, resample_every, 0
+        self.num_traces, self.resample_every = num_traces, resample_every
 
-    def refresh(self, model):
+    def refresh(self, model, epoch):
         prompts, given = self.train
-        if self.num_refreshed % self.resample_every == 0:
+        if epoch % self.resample_every == 0:
             traces = sample_many(model, prompts, given.shape[1], self.num_traces)
             is_given = (traces == given[:, None]).all(dim=2)
             self.share_of_others = (self.same_answer(traces, given) & ~is_given).float().mean(dim=1)
-        self.num_refreshed += 1
 
     def log_p(self, model, batch):
         given, others = super().log_p(model, batch), self.share_of_others[batch]
@@ -353,10 +352,11 @@ def log_policy(model, table):
     not apply. Each set of hypotheses is read once, and its keys and values serve all goals under it."""
     device = next(model.parameters()).device
     _, past = model.run(table.hypotheses.to(device), 1)
-    under = table.under.to(device)
-    past = [[part.index_select(0, under) for part in keys_values] for keys_values in past]
-    logits = model.run(table.goals.to(device), 1, past)[0][:, 0, FIRST_TACTIC:FIRST_TACTIC + len(TACTICS)]
-    logits = logits.cpu().double()
+    logits = []
+    for under, goals in zip(table.under.to(device).split(1000), table.goals.to(device).split(1000)):
+        own = [[part.index_select(0, under) for part in keys_values] for keys_values in past]
+        logits.append(model.run(goals, 1, own)[0][:, 0, FIRST_TACTIC:FIRST_TACTIC + len(TACTICS)])
+    logits = torch.cat(logits).cpu().double()
     return logits.masked_fill(table.subgoals[..., 0] == NO_TACTIC, -inf).log_softmax(dim=1)
 
 
@@ -461,7 +461,7 @@ class Steps(Search):
         self.steps, self.size = torch.tensor(steps), len(steps)
 
     @torch.no_grad()
-    def refresh(self, model):
+    def refresh(self, model, epoch):
         if not self.per_step:
             theorems = torch.arange(len(self.train))
             self.theorem_log_p = torch.cat([Search.log_p(self, model, some) for some in theorems.split(50)])

@@ -69,7 +69,7 @@ class LanguageModel(MathQuestions):
         require(error < 1e-3, f"its top layers alone give other logits than all, by {error:.1%}: choose one like Llama")
         return model
 
-    def refresh(self, model):
+    def refresh(self, model, epoch):
         self.encoded(range(len(self.texts)), self.num_top)
 
     def encoded(self, problems, num_top, dtype=torch.bfloat16):

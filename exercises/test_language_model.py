@@ -187,7 +187,7 @@ def test_questions_are_read_once_and_kept_in_bfloat16(llama, math_dir):
     encode.cache_clear()
     for _ in range(2):  # as for another loss or seed
         task, model = set_up(math_dir, llama)
-        task.refresh(model)
+        task.refresh(model, 0)
         task.log_p(model, torch.arange(3))
     assert encode.cache_info().misses == 7  # the longest once more, to be compared
     states, keys_values = task.encoded(range(6), 2)
