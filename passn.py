@@ -31,7 +31,7 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 from torch import nn
-from torch.nn.functional import cross_entropy, scaled_dot_product_attention
+from torch.nn.functional import cross_entropy, pad, scaled_dot_product_attention
 from tqdm import tqdm
 
 from toy_tasks import END, PAD, TASKS, choose, require
@@ -206,22 +206,26 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(n_embd)
         self.mlp = nn.Sequential(nn.Linear(n_embd, 4 * n_embd), nn.GELU(), nn.Linear(4 * n_embd, n_embd))
 
-    def forward(self, x, last, past=None):
-        """x (B, T, C) -> its last positions (B, last, C), and the keys and values (B, heads, ·, C / heads) of all so far;
-        past: those of the positions before x."""
+    def forward(self, x, last, past=None, start=0):
+        """x (B, T, C) -> its last positions (B, last, C), and the keys and values (B, heads, ·, C / heads) so far. In `past`
+        are those of the positions before `start`, where x begins, and room for more."""
         def heads(t):  # (B, ·, C) -> (B, heads, ·, C / heads)
             return t.unflatten(-1, (self.n_head, -1)).transpose(1, 2)
 
-        normed = self.ln_1(x)
+        normed, end = self.ln_1(x), start + x.shape[1]
         q = heads(self.query(normed[:, -last:]))
         k, v = map(heads, self.key_value(normed).chunk(2, dim=-1))
-        if past is not None:
-            k, v = (torch.cat(parts, dim=2) for parts in zip(past, (k, v)))
+        if past:
+            keys, values = past
+            keys[:, :, start:end], values[:, :, start:end] = k, v
+            k, v = keys[:, :, :end], values[:, :, :end]
         Q, K = q.shape[2], k.shape[2]
-        mask = torch.ones(Q, K, dtype=torch.bool, device=x.device).tril(K - Q) if 1 < Q < K else None
+        mask = None
+        if 1 < Q < K:
+            mask = torch.ones(Q, K, dtype=torch.bool, device=x.device).tril(K - Q)
         attended = scaled_dot_product_attention(q, k, v, mask, is_causal=Q == K)  # to itself and what is before it
         x = x[:, -last:] + self.projection(attended.transpose(1, 2).flatten(2))
-        return x + self.mlp(self.ln_2(x)), (k, v)
+        return x + self.mlp(self.ln_2(x)), past or (k, v)
 
 
 class GPT(nn.Module):
@@ -242,15 +246,19 @@ class GPT(nn.Module):
         """tokens (B, T) int64 -> logits (B, T, vocab_size)."""
         return self.run(tokens)[0]
 
-    def run(self, tokens, last=0, past=None):
-        """The logits at the last positions of tokens (0: all), and the keys and values of every block, which are the `past`
-        of tokens that follow."""
-        start, present = past[0][0].shape[2] if past else 0, []
+    def run(self, tokens, last=0, past=None, start=0):
+        """The logits at the last positions of tokens (0: all), and the keys and values of every block. Tokens that follow
+        others begin at position `start`, and find those of the others in `past`, which has room for theirs."""
         x = self.token_embedding(tokens) + self.position_embedding.weight[start:start + tokens.shape[1]]
+        present = []
         for i, block in enumerate(self.blocks):
-            x, keys_values = block(x, last if block is self.blocks[-1] else 0, past and past[i])
+            x, keys_values = block(x, last if block is self.blocks[-1] else 0, past and past[i], start)
             present.append(keys_values)
         return self.head(self.ln(x)), present
+
+    def share(self, past, which, room):
+        """The keys and values of some texts, by number: each as often as it is named, with room for more positions."""
+        return [[pad(part.index_select(0, which), (0, 0, 0, room)) for part in keys_values] for keys_values in past]
 
     def log_p(self, prompts, answers, temperature=1.0):
         """log p(y|x) = Σ_t log p(y_t | x, y_<t) of answers (B, A) to prompts (B, T): (B,), from one forward pass; where
@@ -271,11 +279,10 @@ class GPT(nn.Module):
             return torch.cat([self.sample(some, length, temperature) for some in prompts.split(1024)])
         tokens, place = prompts.unique(dim=0, return_inverse=True)  # equal prompts are read once
         logits, past = self.run(tokens, 1)
-        logits, past = logits[place], [[part[place] for part in keys_values] for keys_values in past]
-        answers = []
-        for _ in range(length):
+        logits, past, answers = logits[place], self.share(past, place, length), []
+        for i in range(length):
             if answers:
-                logits, past = self.run(answers[-1], 1, past)
+                logits, past = self.run(answers[-1], 1, past, prompts.shape[1] + i - 1)
             answers.append(choose((logits / max(temperature, 1e-6)).softmax(dim=-1)))
         answers = torch.cat(answers, dim=1)
         is_end = answers == END
@@ -310,7 +317,8 @@ SETTINGS = {  # of all tasks: {name: (default, what it is)}. Each is a flag, as 
 }
 
 
-def train(task, loss="limited", N=64, seed=0, out=None, device="cpu", tries=64, place=0, **changes):
+def train(task, loss="limited", N=64, seed=0, out=None, device="cpu",
+          tries=64, place=0, **changes):
     """Train a new model on a task, given by its name, and measure it as it learns. Returns the run, a dictionary (see the
     README), and the model. `changes` are to the task's settings: epochs=10. In the folder `out`, if given, the run is saved.
 
@@ -420,14 +428,17 @@ def limited_policy(p, N):
     The gain is p_i F(N, q_i) / q_i. Where q_i ≪ 1/N, F is 1 and q_i = p_i / λ, in proportion, as cross-entropy has it (for
     N = 1 everywhere: q = p). Beyond 1/N, q_i is held back. The logarithm gives no possible answer up.
     Arguments, result and errors as in `optimal_policy`."""
-    return with_equal_gains(lambda q, N: (N - 1) * np.log1p(-q) - np.log(pass_at_n(q, N).numpy()), p, N)
+    def log_gain(q, N):
+        return (N - 1) * np.log1p(-q) - np.log(pass_at_n(q, N).numpy())
+
+    return with_equal_gains(log_gain, p, N)
 
 
 def with_equal_gains(log_gain, p, N):
     """The q with sum 1 for which log p + log_gain(q) is the same, log λ, wherever q > 0. Since the gain falls with q, a table
     of it gives q for any λ (to eight digits), and bisection finds log λ."""
     p, N = np.asarray(p, dtype=np.float64), number_of_tries(N).item()
-    require(p.ndim == 1 and np.isfinite(p).all() and (p >= 0).all() and p.any(), "p is a row of numbers from 0 on, not all 0")
+    require(p.ndim == 1 and p.min() >= 0 and 0 < p.sum() < math.inf, "p is a row of numbers from 0 on, not all 0")
     q = 1 / (1 + np.exp(-np.linspace(-60, 36, 200_000)))
     table = log_gain(q, N)
     with np.errstate(divide="ignore"):
@@ -532,9 +543,10 @@ def row_of(run):
     """What runs of one row have in common."""
     shape = np.shape(run["history"][0]["p"])  # (temperatures, problems)
     require(all(len(p) == shape[1] for p in run["baselines"].values()), "a baseline is of other problems")
-    alike = [run["config"], [*run["baselines"]], [record["epoch"] for record in run["history"]], shape, int(run["seed"]) * 0]
-    require(isinstance(run["loss"], str), "it has no loss")
-    return run["loss"] != "ce", run["loss"], int(run["N"]), run["label"], json.dumps(alike)
+    require(isinstance(run["loss"], str) and isinstance(run["seed"], int), "it has no loss or no seed")
+    epochs = [record["epoch"] for record in run["history"]]
+    alike = json.dumps([run["config"], [*run["baselines"]], epochs, shape])
+    return run["loss"] != "ce", run["loss"], int(run["N"]), run["label"], alike
 
 
 def stack(row, N):
@@ -560,9 +572,11 @@ def print_table(rows, N):
     test set itself, which flatters them."""
     Ns, lines = sorted({1, 8, N}), []
     for row in rows:
-        sure = [run["history"][-1]["confidence"] for run in row]
-        best = stack(row, N)[:, :, 0].max(axis=1), stack(row, N).max(axis=(1, 2))
-        lines.append((row[0]["label"], [*(stack(row, n)[:, -1, 0] for n in Ns), sure, *best]))
+        columns = [stack(row, n)[:, -1, 0] for n in Ns]
+        columns.append([run["history"][-1]["confidence"] for run in row])
+        best = stack(row, N)
+        columns += [best[:, :, 0].max(axis=1), best.max(axis=(1, 2))]
+        lines.append((row[0]["label"], columns))
     for name, p in baselines_of(rows).items():
         lines.append((name, [pass_at_n(p, n).mean(dim=1).numpy() for n in Ns]))
     width = max(len(name) for name, _ in lines)
@@ -724,10 +738,12 @@ def parse_arguments(argv):
     loss, args.N, seed = (given.pop(name, settings[name][0]) for name in ("loss", "N", "seed"))
     most = TASKS[task].num_samples or 1_000_000
     require(1 <= args.tries <= most and 1 <= args.seeds, f"give --tries from 1 to {most:,}, and --seeds from 1")
-    runs = product(range(seed, seed + args.seeds), loss, args.N)
-    configs = {str(config): config for config in (configure(task, loss, N, seed, **given) for seed, loss, N in runs)}.values()
+    configs = []
+    for seed, loss, N in product(range(seed, seed + args.seeds), loss, args.N):
+        config = configure(task, loss, N, seed, **given)
+        configs += [config] * (config not in configs)  # cross-entropy comes once
     for name, value in given.items():
-        require(value in [config[name] for config in configs], f"{name} does nothing for these losses; leave it out")
+        require(any(config[name] == value for config in configs), f"{name} does nothing for these losses; leave it out")
     shared = {"task": task, "out": args.out, "tries": args.tries}
     shared["device"] = args.device.replace("auto", "cuda" if "cuda" in devices else "cpu")
     args.jobs = [config | shared | {"place": i % os.cpu_count()} for i, config in enumerate(configs)]

@@ -252,9 +252,9 @@ def test_logits_and_gradients_are_those_of_a_plain_gpt():
     plain, last = model.head(model.ln(x)), model.run(tokens, 4)[0]
     with torch.no_grad():
         logits, past = model.run(tokens[:, :5])
-        steps = [logits]
+        steps, past = [logits], model.share(past, torch.arange(5), 7)
         for start, end in ((5, 8), *((i, i + 1) for i in range(8, 12))):
-            logits, past = model.run(tokens[:, start:end], 0, past)
+            logits, past = model.run(tokens[:, start:end], 0, past, start)
             steps.append(logits)
     for ours, theirs in ((model(tokens), plain), (last, plain[:, -4:]), (torch.cat(steps, dim=1), plain)):
         assert_close(ours, theirs, rtol=0, atol=1e-5)

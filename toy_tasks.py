@@ -40,7 +40,7 @@ class Task:
     at the end.
 
     Of a model it wants `log_p(prompts, answers, temperature)` and `sample(prompts, length, temperature)`; theorems want
-    `run`, for logits. The arguments of a task's class, but for the seed, are settings of its own."""
+    `run` and `share`, for logits. The arguments of a task's class, but for the seed, are settings of its own."""
     settings = {}  # where they differ from the usual ones
     about = {"num_train": "training problems", "num_test": "test problems"}  # what its own settings are
     only_for = {}  # the losses for which a setting does something, where it does not for all
@@ -353,10 +353,11 @@ def log_policy(model, table):
     device = next(model.parameters()).device
     _, past = model.run(table.hypotheses.to(device), 1)
     logits = []
-    for under, goals in zip(table.under.to(device).split(1000), table.goals.to(device).split(1000)):
-        own = [[part.index_select(0, under) for part in keys_values] for keys_values in past]
-        logits.append(model.run(goals, 1, own)[0][:, 0, FIRST_TACTIC:FIRST_TACTIC + len(TACTICS)])
-    logits = torch.cat(logits).cpu().double()
+    parts = (part.to(device).split(1000) for part in (table.under, table.goals))
+    for under, goals in zip(*parts):
+        own = model.share(past, under, MAX_GOAL)
+        logits.append(model.run(goals, 1, own, MAX_HYPOTHESES)[0][:, 0])
+    logits = torch.cat(logits)[:, FIRST_TACTIC:FIRST_TACTIC + len(TACTICS)].cpu().double()
     return logits.masked_fill(table.subgoals[..., 0] == NO_TACTIC, -inf).log_softmax(dim=1)
 
 
@@ -594,8 +595,9 @@ def read_math(directory, split):
     if file.is_file():
         texts = {f"{file}, line {i}": line for i, line in enumerate(file.read_bytes().split(b"\n"), 1) if line.strip()}
     else:
-        files = sorted(Path(directory, split).glob("*/*.json"), key=lambda path: (path.parent.name, len(path.stem), path.stem))
-        texts = {path: path.read_bytes() for path in files}
+        files = Path(directory, split).glob("*/*.json")
+        in_order = sorted(files, key=lambda path: (path.parent.name, len(path.stem), path.stem))
+        texts = {path: path.read_bytes() for path in in_order}
     for place, text in texts.items():
         try:
             example = json.loads(text)
