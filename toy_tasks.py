@@ -431,8 +431,9 @@ class Search(Task):
         p = torch.stack([proof_p(policy, self.test) for policy in policies])
         return p, proof_p(greedy, self.test, failure=1.0)  # also where it fails
 
+    @torch.no_grad()
     def show_tries(self, model, number):
-        shown, table = [], self.test._replace(theorems=self.test.theorems[:3])
+        shown, table = [], join(map(table_of, self.theorems[:3]))
         is_proved, _, choices = sample_attempts(log_policy(model, table), table, number)
         texts = iter(proof_texts(choices))
         for (hypotheses, goal), own in zip(self.theorems, is_proved.tolist()):
