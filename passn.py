@@ -618,7 +618,8 @@ def draw(rows, N, path):
         style = ("-", "--", "-.", ":")[drawn[color] % 4]  # of other settings
         drawn[color] += 1
         epochs = [record["epoch"] for record in row[0]["history"]]
-        sure = [[record["confidence"] for record in run["history"]] for run in row]
+        sure = np.array([[record["confidence"] for record in run["history"]] for run in row], dtype=float)
+        sure[:, 0] = math.nan  # an untrained model's greedy answer is often none
         at_end = np.transpose([stack(row, n)[:, -1, 0] for n in Ns])
         curves = stack(row, 1)[:, :, 0], stack(row, N)[:, :, 0], sure, at_end
         for axis, values in zip(axes.flat, curves):
@@ -634,7 +635,7 @@ def draw(rows, N, path):
     confidence.legend(handles=confidence.lines[-1:], loc="upper left")
     for (name, p), style in zip(baselines_of(rows).items(), (":", "--", "-.")):
         tries.plot(Ns, [pass_at_n(p, n).mean() for n in Ns], style, color="grey", label=name)
-    tries.legend()
+    figure.legend(handles=[*tries.lines], loc="outside upper center", ncols=2)
     for axis, title in zip(axes.flat, ("pass@1", f"pass@{N}", "confidence: p of the greedy answer", "pass@N at the end")):
         axis.set(title=title, xlabel="epoch", ylim=(0, None if axis is pass_1 else 1))
     tries.set(xlabel="tries N", xscale="log")
