@@ -145,11 +145,16 @@ def log1mexp(x):
     return torch.where(near_zero, by_expm1, by_log1p)
 
 
-# Reinforcement learning with a verifier asks for something else: not the mean of log pass@N, but the mean of pass@N itself.
-# With N = 1 that is the mean of p, the usual reward. The difference is what happens to hard examples. The mean of -log
-# never gives an example up, however small its p: its weight on d log p is F. Under the mean of pass@N the weight is
-# N p (1 - p)^(N-1), pass@N times F: where p is tiny, next to nothing. That wins where answers can only be guessed, and gives
-# up what could still be learned (exercise 5).
+# Reinforcement learning with a verifier climbs something else: not the mean of log pass@N, but the mean of pass@N itself. With
+# N = 1 that is the mean of p, the usual reward. Each loss is a weight on d log p, and there are two dials:
+#
+#                            N = 1                     N = 64
+#     mean of log pass@N     1: cross-entropy          F(N, p): the limited loss
+#     mean of pass@N         p: the usual reward       N p (1 - p)^(N-1), which is pass@N times F
+#
+# The row decides about hard examples. Under the log they pull with full weight, however small their p. Under the mean they pull
+# in proportion to pass@N: next to nothing, the more so with N = 1. That wins where answers can only be guessed, and neglects
+# what could still be learned. The column decides about easy examples. With N = 64 they let go, with N = 1 they never do.
 
 
 def reward_loss(log_p, N):
@@ -511,6 +516,11 @@ def save(run, out, is_finished):
         old.unlink(missing_ok=True)
 
 
+def is_of(job, run):
+    """Whether a run has the settings of a job, whatever its seed."""
+    return job["N"] == run["N"] and all(job[name] == value for name, value in run["config"].items() if name != "data")
+
+
 def pass_at(run, N):
     """pass@N in the test: (epochs, temperatures), the first temperature 1. Where p is a share of samples, it is estimated,
     and nan if they are too few."""
@@ -608,11 +618,11 @@ def color_of(loss, N):
 
 
 def draw(rows, N, path):
-    """The main figure: what each loss does to pass@1, pass@N and confidence as training goes on, and pass@N at its end."""
+    """Two figures: what each loss does to pass@N as training goes on; and to pass@1, to confidence, and to pass@n at the end."""
     import matplotlib.pyplot as plt  # here, since it takes a while
-    figure, axes = plt.subplots(2, 2, figsize=(11, 8.5), layout="constrained")
-    pass_1, pass_N, confidence, tries = axes.flat
-    Ns, drawn = 2 ** np.arange(10), Counter()
+    first, pass_N = plt.subplots(figsize=(8, 5.2), layout="constrained")
+    more, (pass_1, confidence, tries) = plt.subplots(1, 3, figsize=(15, 5.2), layout="constrained")
+    axes, ns, drawn = (pass_1, pass_N, confidence, tries), 2 ** np.arange(10), Counter()
     for row in rows:
         color = color_of(row[0]["loss"], row[0]["N"])
         style = ("-", "--", "-.", ":")[drawn[color] % 4]  # of other settings
@@ -620,27 +630,48 @@ def draw(rows, N, path):
         epochs = [record["epoch"] for record in row[0]["history"]]
         sure = np.array([[record["confidence"] for record in run["history"]] for run in row], dtype=float)
         sure[:, 0] = math.nan  # an untrained model's greedy answer is often none
-        at_end = np.transpose([stack(row, n)[:, -1, 0] for n in Ns])
+        at_end = np.transpose([stack(row, n)[:, -1, 0] for n in ns])
         curves = stack(row, 1)[:, :, 0], stack(row, N)[:, :, 0], sure, at_end
-        for axis, values in zip(axes.flat, curves):
+        for axis, values in zip(axes, curves):
             mean, error = over_seeds(values)
-            xs = Ns if axis is tries else epochs
+            xs = ns if axis is tries else epochs
             axis.plot(xs, mean, style, color=color, label=row[0]["label"])
             axis.fill_between(xs, mean - error, mean + error, color=color[0], alpha=0.2, linewidth=0)
     label, best = rows[0][0]["label"], stack(rows[0], N)
     pass_N.axhline(best[:, :, 0].max(axis=1).mean(), color="grey", linestyle="--", label=f"{label}: best epoch")
     pass_N.axhline(best.max(axis=(1, 2)).mean(), color="grey", linestyle=":", label=f"{label}: best epoch and temperature")
     confidence.axhline(1 / N, color="grey", label=f"1/N = 1/{N}")
-    pass_N.legend(handles=pass_N.lines[-2:], loc="lower right")
-    confidence.legend(handles=confidence.lines[-1:], loc="upper left")
+    confidence.legend(handles=confidence.lines[-1:])
     for (name, p), style in zip(baselines_of(rows).items(), (":", "--", "-.")):
-        tries.plot(Ns, [pass_at_n(p, n).mean() for n in Ns], style, color="grey", label=name)
-    figure.legend(handles=[*tries.lines], loc="outside upper center", ncols=2)
-    for axis, title in zip(axes.flat, ("pass@1", f"pass@{N}", "confidence: p of the greedy answer", "pass@N at the end")):
+        tries.plot(ns, [pass_at_n(p, n).mean() for n in ns], style, color="grey", label=name)
+    titles = "pass@1", f"pass@{N} on test problems", "confidence: p of the greedy answer", "pass@n at the end"
+    for axis, title in zip(axes, titles):
         axis.set(title=title, xlabel="epoch", ylim=(0, None if axis is pass_1 else 1))
-    tries.set(xlabel="tries N", xscale="log")
+    tries.set(xlabel="tries n", xscale="log")
     tries.set_xticks(COLUMNS, COLUMNS)
-    figure.supxlabel("lines: mean over test problems and seeds; bands: ± one standard error over seeds")
+    tries.minorticks_off()
+    for figure, axis, end in ((first, pass_N, ""), (more, tries, "-more")):
+        figure.legend(handles=[*axis.lines], loc="outside lower center", ncols=2)
+        figure.savefig(figure_path := Path(path).with_stem(Path(path).stem + end), dpi=110)
+        print(f"Figure: {figure_path}")
+
+
+def draw_frontier(panels, path):
+    """Which N should one train with, if the test gives n tries? A panel for each {title: rows}: pass@n at the end of training,
+    divided by the best that any of the rows has at n."""
+    import matplotlib.pyplot as plt
+    figure, axes = plt.subplots(1, len(panels), figsize=(1 + 4.7 * len(panels), 4.6), layout="constrained", squeeze=False)
+    tries = 2 ** np.arange(10)
+    for axis, (title, rows) in zip(axes.flat, panels.items()):
+        at_end = np.array([[stack(row, n)[:, -1, 0].mean() for n in tries] for row in rows])
+        for row, shares in zip(rows, at_end / at_end.max(axis=0)):
+            N = row[0]["N"]
+            line, = axis.plot(tries, shares, color=plt.cm.viridis(math.log2(N) / 10), label=f"trained for N = {N}")
+            axis.plot(N, np.interp(N, tries, shares), "o", color=line.get_color(), clip_on=False)
+        axis.set(title=title, xlabel="tries n", ylabel="pass@n / the best at n", xscale="log", ylim=(0, 1.03))
+        axis.set_xticks(COLUMNS, COLUMNS)
+        axis.minorticks_off()
+    figure.legend(handles=line.axes.lines[::2], loc="outside lower center", ncols=len(rows))
     figure.savefig(path, dpi=110)
     print(f"Figure: {path}")
 
@@ -648,14 +679,16 @@ def draw(rows, N, path):
 def draw_theory(N, path):
     """The theory in three panels, in the order of the argument."""
     import matplotlib.pyplot as plt
-    figure, (factor, policies, confidence) = plt.subplots(1, 3, figsize=(15, 4.6), layout="constrained")
-    log_p, a, K = torch.linspace(-11, 0, 400), 0.1, 500
+    figure, (weight, policies, confidence) = plt.subplots(1, 3, figsize=(15, 4.8), layout="constrained")
+    log_p = torch.linspace(-9, 0, 500, dtype=torch.float64, requires_grad=True)
+    for loss, n, style in (("ce", 1, "-"), ("limited", N, "-"), ("reward", 1, "--"), ("reward", N, "-")):
+        gradient, = torch.autograd.grad(LOSSES[loss](log_p, n) * len(log_p), log_p)
+        weight.plot(log_p.exp().tolist(), -gradient, style, color=COLORS[loss], label=f"{loss}, N = {n}")
+    weight.axvline(1 / N, color="grey", linestyle=":", label=f"1/N = 1/{N}")
+    a, K = 0.1, 500
     c = np.geomspace(1 / K, 1, 1000)
     for n in COLUMNS:
-        color, grey = color_of("ce" if n == 1 else "limited", n), f"{0.75 - math.log2(n) / 12}"
-        factor.plot(log_p.exp(), overconfidence_factor(log_p, n), color=color, label=f"N = {n}")
-        factor.axvline(1 / n, color=color, linestyle=":")
-        pass_at_c = confident_pass_at_n(c, n, a, K)
+        pass_at_c, grey = confident_pass_at_n(c, n, a, K), f"{0.75 - math.log2(n) / 12}"
         confidence.plot(c, pass_at_c, color=grey, label=f"N = {n}")
         confidence.plot(c[pass_at_c.argmax()], pass_at_c.max(), "o", color=grey)
     rank = np.arange(1, 101)  # one uncertain question: 100 answers, the r-th likeliest with p ~ r^-1.2
@@ -664,13 +697,13 @@ def draw_theory(N, path):
                                  ("reward", "-.", optimal_policy(p, N), "reward loss, best for pass@N")):
         policies.plot(rank[q > 0], q[q > 0], style, color=COLORS[loss], label=name)
     policies.axhline(1 / N, color="grey", linestyle=":", label=f"1/N = 1/{N}")
-    factor.set(title="(a) The pull fades beyond p = 1/N (dotted)",
-               xlabel="p, probability that one try is right", ylabel="overconfidence factor F(N, p)")
-    policies.set(title=f"(b) Where each loss tends on an uncertain question, N = {N}", yscale="log",
-                 xlabel="answer, by rank", ylabel="probability q given to the answer")
-    confidence.set(title="(c) The best confidence (dot) falls as N grows",
-                   xlabel=f"confidence c in an answer right with probability {a}", ylabel="pass@N")
-    for axis in (factor, policies, confidence):
+    weight.set(title="(a) Each loss is a weight on ∇ log p", ylabel="weight of an example",
+               xlabel="hard examples          p of a right try          easy examples")
+    policies.set(title=f"(b) Where each loss tends, N = {N}, if the question\nleaves open which of 100 answers is right", yscale="log",
+                 xlabel="answer, by rank r: it is right with p ~ 1 / r^1.2", ylabel="probability q given to the answer")
+    confidence.set(title=f"(c) The best confidence (dot) falls as N grows,\nif the favourite of {K} answers is right with p = {a}",
+                   xlabel="confidence c: probability given to the favourite", ylabel="pass@N")
+    for axis in (weight, policies, confidence):
         axis.set(xscale="log")
         axis.legend()
     figure.savefig(path, dpi=110)
@@ -824,6 +857,9 @@ def main(argv=None):
         if any(finished):
             rows = load_runs(out, args.task)
             draw(rows, args.tries, out / f"{args.task}.png")
+            own = [row for row in rows if any(is_of(job, row[0]) for job in args.jobs)]
+            if len(own) == len({row[0]["N"] for row in own}) > 2:
+                draw_frontier({args.task: own}, out / f"{args.task}-frontier.png")
             print_table(rows, args.tries)
             print_tries(rows)
         return 0 if all(finished) else 2

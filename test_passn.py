@@ -948,13 +948,13 @@ def test_the_tries_are_those_of_one_seed_and_tell_how_many_are_different(by_hand
 
 
 def drawn_by(function, *arguments):
-    """The figure that a function saves."""
+    """The figures that a function saves."""
     figures = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(matplotlib.figure.Figure, "savefig", lambda figure, path, **_: figures.append(figure))
         function(*arguments, "a.png")
     plt.close("all")
-    return figures[0]
+    return figures
 
 
 def lines_of(axis):
@@ -962,13 +962,13 @@ def lines_of(axis):
 
 
 def test_the_figures_lines_are_those_by_hand(by_hand):
-    figure = drawn_by(passn.draw, by_hand, 2)
-    pass_1, pass_2, confidence, tries = figure.axes
-    assert [axis.get_title() for axis in (pass_1, pass_2, tries)] == ["pass@1", "pass@2", "pass@N at the end"]
+    first, more = drawn_by(passn.draw, by_hand, 2)
+    axes = pass_2, pass_1, confidence, tries = [*first.axes, *more.axes]
+    assert [axis.get_title() for axis in (pass_1, pass_2, tries)] == ["pass@1", "pass@2 on test problems", "pass@n at the end"]
     orange, blue, green = (matplotlib.colors.to_rgb(passn.COLORS[loss]) for loss in ("ce", "limited", "reward"))
-    for axis in figure.axes:  # a colour belongs to a loss
+    for axis in axes:  # a colour belongs to a loss
         assert [matplotlib.colors.to_rgb(line.get_color()) for line in axis.lines[:3]] == [orange, blue, green]
-        assert all(axis.get_xlabel() for axis in figure.axes)
+        assert axis.get_xlabel()
     for line, xs, ys in ((pass_1.lines[0], [0, 10], [0.25, 0.375]), (pass_2.lines[0], [0, 10], [0.375, 0.5625]),
                          (pass_2.lines[1], [0, 10], [0, 0.75]), (confidence.lines[0], [0, 10], [nan, 0.8]),
                          (tries.lines[1], 2 ** np.arange(10), 1 - 0.5 ** 2.0 ** np.arange(10))):
@@ -978,7 +978,8 @@ def test_the_figures_lines_are_those_by_hand(by_hand):
     assert named["cross-entropy: best epoch and temperature"].get_ydata()[0] == approx((0.59375 + 0.6875) / 2)
     assert lines_of(confidence)["1/N = 1/2"].get_ydata()[0] == 0.5
     assert lines_of(tries)["a guesser"].get_ydata().tolist() == approx([(1 - 0.5**n) / 2 for n in 2 ** np.arange(10)])
-    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["cross-entropy", "limited N=2", "reward N=2", "a guesser"]
+    labels = [[text.get_text() for text in figure.legends[0].get_texts()] for figure in (first, more)]
+    assert labels == [[*named][:5], ["cross-entropy", "limited N=2", "reward N=2", "a guesser"]]
     band = pass_2.collections[0].get_paths()[0].vertices[:, 1]
     assert band.max() == approx(0.5625 + 0.125) and [band.min(), *pass_1.get_ylim()][1] == 0
 
@@ -987,8 +988,8 @@ def test_runs_of_one_loss_with_other_settings_or_other_n_look_different(tmp_path
     monkeypatch.chdir(tmp_path)
     put(run_by_hand("limited", 8), run_by_hand("limited", 64), run_by_hand("limited", 8, config={"eps": 1.0}),
         run_by_hand("new", 1_000_000))
-    lines = drawn_by(passn.draw, load_runs(".", "multiply"), 64).axes[0].lines
-    assert len({(str(line.get_color()), line.get_linestyle()) for line in lines}) == 4
+    lines = drawn_by(passn.draw, load_runs(".", "multiply"), 64)[0].axes[0].lines
+    assert len({(str(line.get_color()), line.get_linestyle()) for line in lines[:4]}) == 4
 
 
 def test_a_row_is_runs_that_differ_in_the_seed_alone(tmp_path, monkeypatch):
@@ -1047,14 +1048,36 @@ def test_other_problems_are_never_overwritten_or_averaged(tiny, math_dir, monkey
     assert all(path.read_text() == text for path, text in before.items()) and len(before) == 2
 
 
+def test_the_frontier_shows_each_n_beside_the_best_at_any_number_of_tries(tmp_path, monkeypatch, tiny, capsys):
+    monkeypatch.chdir(tmp_path)
+    p = {1: (0.5, 0.0), 8: (0.2, 0.2), 64: (0.1, 0.1)}
+    put(*(run_by_hand("limited", N, p=((0, 0), own)) for N, own in p.items()))
+    rows = load_runs(".", "multiply")
+    figure, = drawn_by(passn.draw_frontier, {"a": rows, "b": rows[:1]})
+    first, second = figure.axes
+    assert second.lines[0].get_ydata().tolist() == [1] * 10 and first.get_title() == "a"
+    ns, values = first.lines[0].get_xdata(), [(1 - (1 - np.array(own)[:, None]) ** first.lines[0].get_xdata()).mean(0) for own in p.values()]
+    for line, dot, own, N in zip(first.lines[::2], first.lines[1::2], values, p):
+        assert line.get_ydata() == approx(own / np.max(values, axis=0)) and line.get_label() == f"trained for N = {N}"
+        assert dot.get_ydata()[0] == line.get_ydata()[ns == N] and dot.get_xdata() == [N]
+    assert main("--frontier --n-embd 4".split()) == main("--loss limited --N 2 4".split()) == 0
+    assert capsys.readouterr().out.count("multiply-frontier.png") == 1  # there are two Ns in the second command
+    drawn = []
+    monkeypatch.setattr(passn, "draw_frontier", lambda panels, path: drawn.append([row[0]["label"] for row in panels["multiply"]]))
+    assert main("--N 1 2 4".split()) == 0 and drawn == [["cross-entropy", "limited N=2", "limited N=4"]]
+
+
 def test_the_theory_is_drawn_without_training(tiny, capsys):
     assert main(["--theory", "--N", "8"]) == 0 and capsys.readouterr().out == f"Figure: {Path('out/theory.png')}\n"
     assert [*Path("out").iterdir()] == [Path("out/theory.png")]
-    factor, policies, confidence = drawn_by(passn.draw_theory, 8).axes
-    curves = lines_of(factor)
-    x, y = curves["N = 8"].get_data()
-    assert y[::40].tolist() == approx([exact_loss_and_factor(log(p), 8)[1] for p in x[::40].tolist()], rel=1e-4, abs=1e-6)
-    assert set(curves["N = 1"].get_ydata().tolist()) == {1.0}
+    weight, policies, confidence = drawn_by(passn.draw_theory, 8)[0].axes
+    curves = lines_of(weight)
+    for name, N in (("ce, N = 1", 1), ("limited, N = 8", 8)):
+        x, y = curves[name].get_data()
+        assert y[::40].tolist() == approx([exact_loss_and_factor(log(p), N)[1] for p in x[::40]], rel=1e-4, abs=1e-6)
+    x = np.array(x)
+    assert curves["reward, N = 1"].get_ydata() == approx(x)
+    assert curves["reward, N = 8"].get_ydata() == approx(8 * x * (1 - x) ** 7, abs=1e-9)
     p, limited, best, level = (line.get_ydata() for line in policies.lines)
     assert limited == approx(limited_policy(p, 8)) and best == approx(optimal_policy(p, 8)[:len(best)]) and level[0] == 1 / 8
     c, value = lines_of(confidence)["N = 64"].get_data()
