@@ -518,7 +518,8 @@ def save(run, out, is_finished):
 
 def is_of(job, run):
     """Whether a run has the settings of a job, whatever its seed."""
-    return job["N"] == run["N"] and all(job[name] == value for name, value in run["config"].items() if name != "data")
+    config = {name: value for name, value in run["config"].items() if name != "data"}
+    return job | config == job and job["N"] == run["N"]
 
 
 def pass_at(run, N):
@@ -660,14 +661,16 @@ def draw_frontier(panels, path):
     """Which N should one train with, if the test gives n tries? A panel for each {title: rows}: pass@n at the end of training,
     divided by the best that any of the rows has at n."""
     import matplotlib.pyplot as plt
-    figure, axes = plt.subplots(1, len(panels), figsize=(1 + 4.7 * len(panels), 4.6), layout="constrained", squeeze=False)
+    size = 1 + 4.7 * len(panels), 4.6
+    figure, axes = plt.subplots(1, len(panels), figsize=size, layout="constrained", squeeze=False)
     tries = 2 ** np.arange(10)
     for axis, (title, rows) in zip(axes.flat, panels.items()):
-        at_end = np.array([[stack(row, n)[:, -1, 0].mean() for n in tries] for row in rows])
-        for row, shares in zip(rows, at_end / at_end.max(axis=0)):
+        at_end = [[stack(row, n)[:, -1, 0].mean() for n in tries] for row in rows]
+        for row, shares in zip(rows, at_end / np.max(at_end, axis=0)):
             N = row[0]["N"]
-            line, = axis.plot(tries, shares, color=plt.cm.viridis(math.log2(N) / 10), label=f"trained for N = {N}")
-            axis.plot(N, np.interp(N, tries, shares), "o", color=line.get_color(), clip_on=False)
+            color = plt.cm.viridis(math.log2(N) / 10)
+            line, = axis.plot(tries, shares, color=color, label=f"trained for N = {N}")
+            axis.plot(N, np.interp(N, tries, shares), "o", color=color, clip_on=False)
         axis.set(title=title, xlabel="tries n", ylabel="pass@n / the best at n", xscale="log", ylim=(0, 1.03))
         axis.set_xticks(COLUMNS, COLUMNS)
         axis.minorticks_off()
@@ -681,8 +684,9 @@ def draw_theory(N, path):
     import matplotlib.pyplot as plt
     figure, (weight, policies, confidence) = plt.subplots(1, 3, figsize=(15, 4.8), layout="constrained")
     log_p = torch.linspace(-9, 0, 500, dtype=torch.float64, requires_grad=True)
-    for loss, n, style in (("ce", 1, "-"), ("limited", N, "-"), ("reward", 1, "--"), ("reward", N, "-")):
+    for loss, n in (("ce", 1), ("limited", N), ("reward", 1), ("reward", N)):
         gradient, = torch.autograd.grad(LOSSES[loss](log_p, n) * len(log_p), log_p)
+        style = "-" if n == N or loss == "ce" else "--"
         weight.plot(log_p.exp().tolist(), -gradient, style, color=COLORS[loss], label=f"{loss}, N = {n}")
     weight.axvline(1 / N, color="grey", linestyle=":", label=f"1/N = 1/{N}")
     a, K = 0.1, 500
@@ -693,8 +697,9 @@ def draw_theory(N, path):
         confidence.plot(c[pass_at_c.argmax()], pass_at_c.max(), "o", color=grey)
     rank = np.arange(1, 101)  # one uncertain question: 100 answers, the r-th likeliest with p ~ r^-1.2
     p = rank**-1.2 / (rank**-1.2).sum()
-    for loss, style, q, name in (("ce", "-", p, "cross-entropy: q = p"), ("limited", "--", limited_policy(p, N), "limited loss"),
-                                 ("reward", "-.", optimal_policy(p, N), "reward loss, best for pass@N")):
+    tends = {"ce": ("-", p, "cross-entropy: q = p"), "limited": ("--", limited_policy(p, N), "limited loss"),
+             "reward": ("-.", optimal_policy(p, N), "reward loss, best for pass@N")}
+    for loss, (style, q, name) in tends.items():
         policies.plot(rank[q > 0], q[q > 0], style, color=COLORS[loss], label=name)
     policies.axhline(1 / N, color="grey", linestyle=":", label=f"1/N = 1/{N}")
     weight.set(title="(a) Each loss is a weight on ∇ log p", ylabel="weight of an example",

@@ -24,14 +24,18 @@ import toy_tasks
 from passn import COLUMNS, dco_loss, estimate_pass_at_n, fail, optimal_policy, pass_at, pass_at_n
 
 
+THREE = 10, 11, 12  # seeds
+
+
 def line(label, *cells):
     """Print a line of a table: texts as they are, numbers with three digits."""
     texts = (cell if isinstance(cell, str) else f"{cell:.3f}" for cell in cells)
     print(f"{label:40}", *(f"{text:>10}" for text in texts))
 
 
-def path_of(args, task, label, seed=10):
-    return Path(args.out, f"{task}-{label}-seed{seed}.json".replace(", ", "-").replace(" ", "-"))
+def label_and_path(args, task, config, seed):
+    label = passn.new_run(task, config, passn.TASKS[task], 64)["label"]
+    return label, Path(args.out, f"{task}-{label}-seed{seed}.json".replace(", ", "-").replace(" ", "-"))
 
 
 def read(path):
@@ -44,54 +48,61 @@ def read(path):
         fail(f"{path} is no run of this version ({error!r}); remove it")
 
 
-def saved(args, task, flags):
-    """For each label a list of runs: those of the seeds 10 to 12 that the folder has for every label.
-    flags: {label: the flags of passn.py for such runs}."""
-    paths = [[path_of(args, task, label, seed) for label in flags] for seed in (10, 11, 12)]
-    complete = [row for row in paths if all(path.is_file() for path in row)]
-    if not complete:
-        label = next(label for label, path in zip(flags, paths[0]) if not path.is_file())
-        command = f"python passn.py {flags[label]}--seed 10 --seeds 3 --out {shlex.quote(args.out)}"
-        fail(f"{args.out} does not have the runs {label} on {task}; first run {command}")
-    return [[read(path) for path in row] for row in zip(*complete)]
+def saved(args, *commands):
+    """{label: runs} of commands of passn.py, given by their flags: of those seeds from 10 to 19 for which the folder has
+    all of these runs."""
+    paths, missing = {}, None
+    for flags in commands:
+        for job in passn.parse_arguments(flags.split()).jobs:
+            config = {name: job[name] for name in passn.settings_of(job["task"])}
+            for seed in range(10, 20):
+                label, path = label_and_path(args, job["task"], config, seed)
+                paths.setdefault(label, {})[seed] = path
+            if missing is None and not paths[label][10].is_file():
+                missing = f"{label} on {job['task']}; first run python passn.py {flags} --seed 10 --seeds 3".replace("  ", " ")
+    if missing:
+        fail(f"{args.out} does not have the runs {missing} --out {shlex.quote(args.out)}")
+    seeds = [seed for seed in range(10, 20) if all(own[seed].is_file() for own in paths.values())]
+    return {label: [read(own[seed]) for seed in seeds] for label, own in paths.items()}
 
 
 def p_of(run, epoch=-1):
     return run["history"][epoch]["p"][0]  # at temperature 1
 
 
-def show(args, loss, N=64, **changes):
-    """Print a line on the run on multiply with seed 10 and these settings: from the folder, or else trained now."""
-    config = passn.configure("multiply", loss, N, 10, **changes)
-    path = path_of(args, "multiply", passn.new_run("multiply", config, passn.TASKS["multiply"], 64)["label"])
-    run = read(path) if path.is_file() else passn.train("multiply", loss, N, seed=10, out=args.out, **changes)[0]
-    end, at_end = run["history"][-1], [pass_at(run, n)[-1, 0] for n in COLUMNS]
-    line(run["label"], *at_end, end["confidence"], end["train_p"], pass_at(run, 64)[:, 0].max(), f"{end['updates']}")
+def show(args, loss, N=64, task="multiply", seeds=(10,), **changes):
+    """Print a line on the runs with these settings, mean over the seeds: from the folder, or else trained now."""
+    rows = []
+    for seed in seeds:
+        label, path = label_and_path(args, task, passn.configure(task, loss, N, seed, **changes), seed)
+        run = read(path) if path.is_file() else passn.train(task, loss, N, seed, args.out, **changes)[0]
+        end, pass_64 = run["history"][-1], pass_at(run, 64)
+        at_end = [pass_at(run, n)[-1, 0] for n in COLUMNS]
+        rows.append([*at_end, end["confidence"], end["train_p"], pass_64[:, 0].max(), pass_64.max(), end["updates"]])
+    *values, updates = np.mean(rows, axis=0)
+    line(label, *values, f"{updates:.0f}")
 
 
 def header():
-    line("", *(f"pass@{n}" for n in COLUMNS), "confidence", "train p", "best@64", "updates")
+    line("", *(f"pass@{n}" for n in COLUMNS), "confidence", "train p", "best@64", "& best T", "updates")
 
 
 def solution_1(args):
-    [[run, *_]] = saved(args, "multiply", {"cross-entropy": ""})
+    both = saved(args, "")
+    run = both["cross-entropy"][0]
     line("", "pass@1", "pass@64", "confidence")
     for record, pass_1, pass_64 in zip(run["history"], pass_at(run, 1)[:, 0], pass_at(run, 64)[:, 0]):
         line(f"epoch {record['epoch']}", pass_1, pass_64, record["confidence"])
+    line("", "best@64", "at T", "in epoch", "at the end", "at T")
+    for run in sum(both.values(), []):
+        pass_64, T = pass_at(run, 64), run["temperatures"]
+        epoch, best = np.unravel_index(pass_64.argmax(), pass_64.shape)
+        chosen = pass_64.max(), T[best], f"{run['history'][epoch]['epoch']}"
+        line(f"{run['label']}, seed {run['seed']}", *chosen, pass_64[-1].max(), T[pass_64[-1].argmax()])
 
 
 def solution_2(args):
-    line("", "best@64", "at T", "in epoch", "at the end", "at T")
-    for runs in saved(args, "multiply", {"cross-entropy": "", "limited N=64": ""}):
-        for run in runs:
-            pass_64, T = pass_at(run, 64), run["temperatures"]
-            epoch, best = np.unravel_index(pass_64.argmax(), pass_64.shape)
-            chosen = pass_64.max(), T[best], f"{run['history'][epoch]['epoch']}"
-            line(f"{run['label']}, seed {run['seed']}", *chosen, pass_64[-1].max(), T[pass_64[-1].argmax()])
-
-
-def solution_3(args):
-    [[run, *_]] = saved(args, "multiply", {"limited N=64": ""})
+    run, *_ = saved(args, "--loss limited")["limited N=64"]
     p = torch.tensor(p_of(run), dtype=torch.float64)
     line("", "pass@64", "deviation")
     line("exact", pass_at_n(p, 64).mean())
@@ -104,28 +115,80 @@ def solution_3(args):
         line(f"{n} samples, c/n for p", naive.mean(), naive.std())
 
 
+def solution_3(args):
+    usual, _ = passn.settings_of("multiply")["epochs"]
+    header()
+    for changes in ({}, {"epochs": 2 * usual}, {"n_embd": 32}, {"n_embd": 128}):
+        for loss in ("ce", "limited"):
+            show(args, loss, **changes)
+    for changes in ({"pass_over": 0.0}, {"eps": 1e-8}, {"eps": 1e-8, "pass_over": 0.0}):
+        show(args, "limited", **changes)
+
+
+CORNERS = ("ce", 1), ("limited", 64), ("reward", 1), ("reward", 64)
+
+
 def solution_4(args):
-    labels = ("cross-entropy", "limited N=8", "limited N=64", "limited N=512")
-    rows = saved(args, "multiply", dict.fromkeys(labels, "--frontier "))
-    at_end = np.array([[[pass_at(run, 2**i)[-1, 0] for i in range(10)] for run in runs] for runs in rows]).mean(axis=1)
-    behind = at_end.max(axis=0) - at_end  # (training Ns, budgets)
-    line("", "mean", "behind")
-    for i, label in enumerate(labels):
-        line(label, at_end[i].mean(), behind[i].max())
+    in_search = saved(args, "--task search --loss limited reward --N 1 64")
+    log_p = torch.tensor([-20.0, -10, -6, -4, -1], requires_grad=True)
+    line("log p", *(f"{value:.0f}" for value in log_p))
+    for loss, N in CORNERS:
+        gradient, = torch.autograd.grad(passn.LOSSES[loss](log_p, N) * len(log_p), log_p)
+        line(f"weights by {loss}, N = {N}", *-gradient)
+    header()
+    for loss, N in CORNERS:
+        show(args, loss, N)
+    line("search: share of theorems", "untrained", "at the end")
+    for label, runs in in_search.items():
+        p = np.array([[p_of(run, epoch) for run in runs] for epoch in (0, -1)])
+        line(f"with pass@64 below 0.1, {label}", *(pass_at_n(p, 64) < 0.1).double().mean(dim=(1, 2)))
 
 
 def solution_5(args):
-    log_p = torch.tensor([-20.0, -10, -6, -4, -1], requires_grad=True)
-    line("log p", *(f"{value:.0f}" for value in log_p))
-    for name, loss in passn.LOSSES.items():
-        gradient, = torch.autograd.grad(loss(log_p, 64), log_p)
-        line(f"weights by {name}", *-gradient)
-    header()
-    for name in ("ce", "limited", "reward"):
-        show(args, name)
+    frontier = "--frontier --n-embd 32 --pass-over 0.01"
+    panels = {"multiply, width 32": saved(args, frontier),
+              "the same, three times as long": saved(args, f"{frontier} --epochs 300"),
+              "search": saved(args, "--task search --frontier")}
+    for title, rows in panels.items():
+        line(f"{title}, at the end", *(f"pass@{n}" for n in COLUMNS), "on average", "behind")
+        at_end = np.array([[[pass_at(run, 2**i)[-1, 0] for i in range(10)] for run in row] for row in rows.values()])
+        mean = at_end.mean(axis=1)  # (training Ns, budgets 1, 2, 4 … 512)
+        for label, values, behind in zip(rows, mean, mean.max(axis=0) - mean):
+            line(label, *values[::3], values.mean(), behind.max())
+        for i, own in enumerate(at_end):
+            own_N = [own[:, 3 * i] - other[:, 3 * i] for j, other in enumerate(at_end) if j != i]
+            differences = ("{:.3f} ± {:.3f}".format(*passn.over_seeds(values)) for values in own_N)
+            print(f"at {COLUMNS[i]} tries, the N of that number minus the others: {', '.join(differences)}")
+    rows = {title: [*own.values()] for title, own in panels.items()}
+    passn.draw_frontier(rows, Path(args.out, "frontier.png"))
+
+
+@torch.no_grad()
+def tries_at(problems, model):
+    """64 tries at each test problem: which are right, and their texts; and the effective number of proofs, where p is exact."""
+    if isinstance(problems, toy_tasks.Traces):
+        prompts, right = problems.test
+        tries = toy_tasks.sample_many(model, prompts, right.shape[1], 64)
+        return problems.same_answer(tries, right), [[*map(tuple, own)] for own in tries.tolist()], torch.tensor(math.nan)
+    log_pi = toy_tasks.log_policy(model, problems.test)
+    is_right, _, choices = toy_tasks.sample_attempts(log_pi, problems.test, 64)
+    p, of_squares = (toy_tasks.proof_p((power * log_pi).exp(), problems.test) for power in (1, 2))
+    return is_right, np.reshape(toy_tasks.proof_texts(choices), is_right.shape).tolist(), p**2 / of_squares
 
 
 def solution_6(args):
+    line("", "pass@64", "proofs", "right", "different")
+    rows = [("search", "ce", 1, {"epochs": 0}), *(("search", *corner, {}) for corner in CORNERS)]
+    rows += [(task, *corner, {}) for task in ("prove", "cot") for corner in CORNERS[:2]]
+    for task, loss, N, changes in rows:
+        run, model = passn.train(task, loss, N, seed=10, **changes)
+        is_right, texts, effective = tries_at(passn.TASKS[task](10), model)
+        different = [len({text for text, good in zip(*own) if good}) for own in zip(texts, is_right.tolist())]
+        label = f"{task}, {run['label']}".replace("cross-entropy, epochs=0", "untrained")
+        line(label, pass_at(run, 64)[-1, 0], effective.nanmean(), is_right.sum(dim=1).double().mean(), np.mean(different))
+
+
+def solution_7(args):
     task = passn.TASKS["math"](0, args.math_dir)
     line("", *(f"pass@{n}" for n in COLUMNS))
     by_N = [[pass_at_n(p, N).mean() for p in passn.guessers(task, N).values()] for N in COLUMNS]
@@ -135,14 +198,14 @@ def solution_6(args):
     line(f"of {len(p)} answers, optimal keeps", *(f"{np.count_nonzero(optimal_policy(p, N))}" for N in COLUMNS))
 
 
-def solution_7(args):
-    flags = {"cross-entropy": "", "limited N=64": "", "limited N=4, per_step=True": "--loss limited --N 4 --per-step "}
-    rows = saved(args, "prove", {label: "--task prove " + own for label, own in flags.items()})
-    p = {label: np.array([p_of(run) for run in runs]) for label, runs in zip(flags, rows)}
+def solution_8(args):
+    rows = saved(args, "--task prove", "--task prove --loss limited --N 4 --per-step")
+    runs = rows["cross-entropy"]
+    p = {label: np.array([p_of(run) for run in own]) for label, own in rows.items()}
     all_fail = np.prod([1 - own for own in p.values()], axis=0)
-    p["ensemble of them all"] = 1 - all_fail ** (1 / len(flags))  # each has its part of the attempts
-    p["blind search"] = np.array([run["baselines"]["blind search"] for run in rows[0]])
-    sizes = [(run["seed"], run["config"]["num_train"], run["config"]["num_test"]) for run in rows[0]]
+    p["ensemble of them all"] = 1 - all_fail ** (1 / len(rows))  # each has its part of the attempts
+    p["blind search"] = np.array([run["baselines"]["blind search"] for run in runs])
+    sizes = [(run["seed"], run["config"]["num_train"], run["config"]["num_test"]) for run in runs]
     theorems = [toy_tasks.draw_theorems(*size)[1] for size in sizes]
     place = np.digitize([[toy_tasks.solve(theorem)[0] for theorem in own] for own in theorems], (7, 9, 11))
     line("steps of the shortest proof", "below 7", "7 or 8", "9 or 10", "from 11")
@@ -150,7 +213,7 @@ def solution_7(args):
         line(name, *(pass_at_n(own[place == i], 64).mean() for i in range(4)))
 
 
-def solution_8(args):
+def solution_9(args):
     task, theorems = passn.TASKS["search"](10, num_train=20, num_test=1), torch.arange(20)
     torch.manual_seed(10)
     model = task.new_model(passn.GPT)
@@ -170,23 +233,6 @@ def solution_8(args):
         line(f"{task.reinforce} attempts", cosines.mean(), torch.cosine_similarity(estimates.mean(dim=0), exact, dim=0))
 
 
-def solution_9(args):
-    p = torch.arange(1, 101, dtype=torch.float64) ** -1.2
-    p /= p.sum()
-    torch.manual_seed(0)
-    labels = torch.multinomial(p, 50, replacement=True)[:, None]
-    line("", "ce", "limited")
-    both = {"ce": torch.zeros(50, 100), "limited": torch.zeros(50, 100)}
-    for step in range(501):
-        if step in (0, 5, 10, 20, 50, 100, 200, 500):
-            values = [pass_at_n(logits.softmax(dim=1), 64) @ p for logits in both.values()]
-            line(f"step {step}", *(value.mean() for value in values))
-        for name, logits in both.items():
-            log_p = logits.requires_grad_().log_softmax(dim=1).gather(1, labels)[:, 0]
-            gradient, = torch.autograd.grad(passn.LOSSES[name](log_p, 64), logits)
-            both[name] = logits.detach() - 50 * gradient  # the loss is a mean over 50 problems
-
-
 def solution_10(args):
     for gamma in (8, 64, 160):
         passn.LOSSES[f"focal{gamma}"] = lambda log_p, N, gamma=gamma: -((1 - log_p.exp()) ** gamma * log_p).mean()
@@ -199,35 +245,54 @@ def solution_10(args):
         slope, = torch.autograd.grad(10_000 * passn.LOSSES[name](log_p, 64), log_p)  # the losses are means
         line(name, -slope.min(), log_p[slope < -0.5].max().exp())
     header()
-    show(args, "limited")
-    show(args, "limited", pass_over=0.0)  # the others, too, pass over nothing
+    show(args, "limited", seeds=THREE)
+    show(args, "limited", seeds=THREE, pass_over=0.0)  # the others, too, pass over nothing
     for name in names:
-        show(args, name)
+        show(args, name, seeds=THREE)
+
+
+def smoothed_log_p(logits, answers, share, penalty):
+    log_ps = logits.log_softmax(dim=2)
+    given, entropy = log_ps.gather(2, answers[..., None])[..., 0], -(log_ps.exp() * log_ps).sum(dim=2)
+    return ((1 - share) * given + share * log_ps.mean(dim=2) + penalty * entropy).sum(dim=1)
+
+
+def maxrl_loss(log_p, N):
+    fail = -log_p.expm1()
+    return sum(fail**k / k for k in range(1, N + 1)).mean()
+
+
+def grpo_loss(log_p):
+    return -2 * log_p.exp().clamp(max=1 - 1e-6).sqrt().asin().mean()
+
+
+class Smoothed(toy_tasks.Multiply):
+    """`multiply` under cross-entropy with label smoothing, or with a confidence penalty: minus the logarithm of each token's
+    probability, mixed with the mean over all tokens, or minus the entropy."""
+    about = toy_tasks.Task.about | {"smoothing": "share of the mean over all tokens", "penalty": "on confidence"}
+
+    def __init__(self, seed=0, num_train=2000, num_test=1000, smoothing=0.0, penalty=0.0):
+        super().__init__(seed, num_train, num_test)
+        self.how = smoothing, penalty
+
+    def log_p(self, model, batch):
+        prompts, answers = (part[batch] for part in self.train)
+        logits, _ = model.run(torch.cat([prompts, answers[:, :-1]], dim=1), answers.shape[1])
+        return toy_tasks.with_value(smoothed_log_p(logits, answers, *self.how), super().log_p(model, batch))
 
 
 def solution_11(args):
+    passn.TASKS["smoothed"] = Smoothed
     header()
-    for eps in (1e-3, 1e-8):
-        for pass_over in (0.1, 0.0):
-            show(args, "limited", eps=eps, pass_over=pass_over)
+    for changes in ({}, *({"weight_decay": decay} for decay in (0.3, 1.0, 3.0)), {"n_embd": 32}):
+        show(args, "ce", seeds=THREE, **changes)
+    for changes in (*({"smoothing": share} for share in (0.01, 0.03, 0.1)), *({"penalty": beta} for beta in (0.1, 0.3, 1.0))):
+        show(args, "ce", task="smoothed", seeds=THREE, **changes)
+    for changes in ({}, {"n_embd": 32}):
+        show(args, "limited", seeds=THREE, **changes)
 
 
 def solution_12(args):
-    usual, _ = passn.settings_of("multiply")["epochs"]
-    header()
-    for epochs in (usual, 2 * usual):
-        for loss in ("ce", "limited"):
-            show(args, loss, epochs=epochs)
-
-
-def solution_13(args):
-    header()
-    for width in (32, 64, 128):
-        for loss in ("ce", "limited"):
-            show(args, loss, n_embd=width)
-
-
-def solution_14(args):
     passn.LOSSES["from1"] = lambda log_p, N: dco_loss(log_p, 512 ** torch.rand(len(log_p))).mean()
     passn.LOSSES["from64"] = lambda log_p, N: dco_loss(log_p, 64 * 8 ** torch.rand(len(log_p))).mean()
     header()
@@ -235,7 +300,17 @@ def solution_14(args):
         show(args, loss, N)
 
 
-def solution_15(args):
+def solution_13(args):
+    passn.LOSSES["maxrl"] = lambda log_p, N: maxrl_loss(log_p, N)
+    passn.LOSSES["grpo"] = lambda log_p, N: grpo_loss(log_p)
+    for task in ("search", "multiply"):
+        line(task)
+        header()
+        for loss, N in (*CORNERS, ("maxrl", 8), ("maxrl", 64), ("grpo", 1)):
+            show(args, loss, N, task)
+
+
+def solution_14(args):
     task = passn.TASKS["math"](0, args.math_dir)
     count = np.array([round(task.frequencies.get(answer, 0) * task.size) for answer in task.test_answers])
     groups = {"all": count >= 0, "0 to 5": count <= 5, "6 to 30": (count > 5) & (count <= 30), "from 31": count > 30}
@@ -280,7 +355,7 @@ def main(argv=None):
     parser.error = fail
     parser.add_argument("exercise", nargs="?", help=f"its number, 1 to {len(SOLUTIONS)}")
     parser.add_argument("--out", default="out", help="the folder of the runs")
-    parser.add_argument("--math-dir", default="", help="the folder of the MATH dataset, for exercises 6 and 15")
+    parser.add_argument("--math-dir", default="", help="the folder of the MATH dataset, for exercises 7 and 14")
     args = parser.parse_args(argv)
     if args.exercise not in SOLUTIONS:
         fail(f"give the number of an exercise, 1 to {len(SOLUTIONS)}, as in: python exercises/solutions.py 3")

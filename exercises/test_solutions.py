@@ -29,11 +29,11 @@ def tiny():
     """Every task with a tiny model, few problems and two epochs, all runs in this process."""
     with pytest.MonkeyPatch.context() as patch:
         small = {"epochs": 2, "evaluations": 2, "n_layer": 1, "n_head": 2, "n_embd": 16}
-        for name in ("multiply", "prove", "search", "math"):
-            task = passn.TASKS[name]
+        for task in (*passn.TASKS.values(), solutions.Smoothed):
             patch.setattr(task, "settings", task.settings | small)
-            if name != "math":
+            if task is not passn.TASKS["math"]:
                 patch.setattr(task.__init__, "__defaults__", (0, 6, 20, *task.__init__.__defaults__[3:]))
+        patch.setattr(passn, "TASKS", dict(passn.TASKS))
         patch.setattr(os, "cpu_count", lambda: 1)
         patch.setattr(passn, "LOSSES", dict(passn.LOSSES))  # solutions add to it
         patch.setattr(passn, "draw", lambda *_: None)  # to save time
@@ -75,50 +75,81 @@ def make_needed_runs(number, folder, capsys, seeds=1):
     return command.split(" --out ")[0]
 
 
-def test_reading_multiply(folder, capsys):
+def test_when_to_stop(folder, capsys):
     make_needed_runs("1", folder, capsys)
-    epochs = solve("1", folder, capsys)
-    assert [*epochs] == ["epoch 0", "epoch 1", "epoch 2"] and len(epochs["epoch 2"]) == 3
-    choices = solve("2", folder, capsys)
-    assert [*choices] == [f"{label}, seed 10" for label in BOTH]
-    assert all(best >= at_end and epoch in (0, 1, 2) for best, _, epoch, at_end, _ in choices.values())
+    rows = solve("1", folder, capsys)
+    assert len(rows.pop("epoch 2")) == 3 and rows.pop("epoch 0") and rows.pop("epoch 1")
+    assert [*rows] == [f"{label}, seed 10" for label in BOTH]
+    assert all(best >= at_end and epoch in (0, 1, 2) for best, _, epoch, at_end, _ in rows.values())
 
 
 def test_the_estimator(tmp_path, capsys):
     record = {"epoch": 0, "confidence": 0, "p": [[0.001, 0.005, 0.02, 0.3] * 50]}
     (tmp_path / "multiply-limited-N=64-seed10.json").write_text(json.dumps(RUN | {"history": [record]}))
-    values = solve("3", tmp_path, capsys)
+    values = solve("2", tmp_path, capsys)
     for n in (64, 128, 512):
         (unbiased, scatter), (naive, _) = values[f"{n} samples, unbiased"], values[f"{n} samples, c/n for p"]
         assert abs(unbiased - values["exact"][0]) < scatter and naive < values["exact"][0] - 0.5 / n
 
 
-def test_which_n(folder, capsys):
-    assert f"`{make_needed_runs('4', folder, capsys)}`" in README
-    rows = solve("4", folder, capsys)
-    assert [*rows] == ["cross-entropy", "limited N=8", "limited N=64", "limited N=512"]
-    assert all(0 <= mean <= 1 and 0 <= behind <= 1 for mean, behind in rows.values())
+@pytest.mark.parametrize("number, labels", [
+    ("3", [f"{label}{more}" for more in ("", ", epochs=4", ", n_embd=32", ", n_embd=128") for label in BOTH]
+     + [f"limited N=64{more}" for more in (", pass_over=0.0", ", eps=1e-08", ", eps=1e-08, pass_over=0.0")]),
+    ("11", [f"cross-entropy{more}" for more in ("", ", weight_decay=0.3", ", weight_decay=1.0", ", weight_decay=3.0", ", n_embd=32",
+                                                ", smoothing=0.01", ", smoothing=0.03", ", smoothing=0.1",
+                                                ", penalty=0.1", ", penalty=0.3", ", penalty=1.0")]
+     + ["limited N=64", "limited N=64, n_embd=32"]),
+    ("12", ["cross-entropy", "limited N=8", "limited N=64", "limited N=512", "from1 N=64", "from64 N=64"]),
+    ("13", ["cross-entropy", "limited N=64", "reward N=1", "reward N=64", "maxrl N=8", "maxrl N=64", "grpo N=1"])])
+def test_training_is_compared(number, labels, folder, capsys, monkeypatch):
+    rows = solve(number, folder, capsys)
+    assert [*rows] == labels and all(len(values) == 9 for values in rows.values())
+    monkeypatch.delattr(passn, "train")  # what is there is not trained again
+    assert solve(number, folder, capsys) == rows
 
 
-def test_what_the_reward_loss_gives_up(folder, capsys):
-    values = solve("5", folder, capsys)
+def test_the_four_corners(tmp_path, capsys):
+    assert f"{make_needed_runs('4', tmp_path, capsys)}\n" in README
+    values = solve("4", tmp_path, capsys)
     log_p = torch.tensor(values["log p"])
-    factor = passn.overconfidence_factor(log_p, 64)
-    for name, weights in (("ce", log_p**0), ("limited", factor), ("reward", passn.pass_at_n(log_p.exp(), 64) * factor)):
-        assert values[f"weights by {name}"] == pytest.approx((weights / 5).tolist(), abs=1e-3)
-    assert len(values["reward N=64"]) == 8
+    p, factor = log_p.exp(), passn.overconfidence_factor(log_p, 64)
+    for name, weights in (("ce, N = 1", p**0), ("limited, N = 64", factor), ("reward, N = 1", p),
+                          ("reward, N = 64", passn.pass_at_n(p, 64) * factor)):
+        assert values[f"weights by {name}"] == pytest.approx(weights.tolist(), abs=1e-3)
+    assert len(values["reward N=64"]) == 9
+    assert len({*(untrained for label, (untrained, *_) in values.items() if label.startswith("with pass@64"))}) == 1
+
+
+def test_the_frontier(folder, capsys, monkeypatch):
+    drawn = {}
+    monkeypatch.setattr(passn, "draw_frontier", lambda panels, path: drawn.update(panels))
+    for _ in "123":  # it names three commands, each where its runs are missing
+        assert f"{make_needed_runs('5', folder, capsys)}\n" in README
+    drawn.clear()
+    solutions.main(["5", "--out", str(folder)])
+    text = capsys.readouterr().out
+    assert [len(rows) for rows in drawn.values()] == [4, 4, 4] and text.count("minus the others") == 12
+    at_512, other = ([passn.pass_at(run, 512)[-1, 0] for run in row] for row in drawn["search"][3:1:-1])
+    assert f"at 512 tries, the N of that number minus the others: " in text
+    assert text.splitlines()[-1].endswith(f"{at_512[0] - other[0]:.3f} ± 0.000")
+
+
+def test_how_many_different_proofs(folder, capsys):
+    rows = solve("6", folder, capsys)
+    assert len(rows) == 9 and rows["search, untrained"][1] > 1
+    assert all(different <= right for *_, right, different in rows.values())
 
 
 def test_the_guesser(folder, capsys):
-    values = solve("6", folder, capsys)
+    values = solve("7", folder, capsys)
     assert all(best >= other for best, other in zip(values["optimal"], values["by frequency"]))
     assert [*values.values()][-1][-1] == 7  # of 7 answers
 
 
 def test_which_n_for_which_theorem(folder, capsys):
-    for _ in "12":  # it names two commands, each where its runs are missing
-        assert f"{make_needed_runs('7', folder, capsys)}\n" in README
-    rows = solve("7", folder, capsys)
+    for _ in "12":
+        assert f"{make_needed_runs('8', folder, capsys)}\n" in README
+    rows = solve("8", folder, capsys)
     assert [*rows] == [*BOTH, "limited N=4, per_step=True", "ensemble of them all", "blind search"]
     solved = [solutions.toy_tasks.solve(theorem) for theorem in solutions.toy_tasks.draw_theorems(10, 6, 20)[1]]
     short = [1 - (1 - blind) ** 64 for length, _, blind in solved if length < 7]
@@ -129,16 +160,10 @@ def test_which_n_for_which_theorem(folder, capsys):
 
 
 def test_how_many_attempts(folder, capsys):
-    rows = solve("8", folder, capsys)
+    rows = solve("9", folder, capsys)
     cosines = [cosine for cosine, _ in rows.values()]
     assert [*rows] == ["64 attempts", "256 attempts", "1024 attempts"]
     assert cosines == sorted(cosines) and cosines[-1] > 0.95 and all(of_mean > one for one, of_mean in rows.values())
-
-
-def test_no_network_at_all(folder, capsys):
-    rows = solve("9", folder, capsys)
-    (start, _), (ce, limited) = rows["step 0"], rows["step 500"]
-    assert ce < 0.3 * start and limited > start
 
 
 def test_the_scale_of_the_factors(folder, capsys):
@@ -150,20 +175,8 @@ def test_the_scale_of_the_factors(folder, capsys):
     assert {"limited N=64, pass_over=0.0", *(f"{name} N=64" for name in half)} < {*rows} and len(half) == 7
 
 
-@pytest.mark.parametrize("number, labels", [
-    ("11", [f"limited N=64{eps}{pass_over}" for eps in ("", ", eps=1e-08") for pass_over in ("", ", pass_over=0.0")]),
-    ("12", [f"{label}{epochs}" for epochs in ("", ", epochs=4") for label in BOTH]),
-    ("13", [f"{label}, n_embd={width}" for width in (32, 64, 128) for label in BOTH]),
-    ("14", ["cross-entropy", "limited N=8", "limited N=64", "limited N=512", "from1 N=64", "from64 N=64"])])
-def test_training_is_compared(number, labels, folder, capsys, monkeypatch):
-    rows = solve(number, folder, capsys)
-    assert [*rows] == labels and all(len(values) == 8 for values in rows.values())
-    monkeypatch.delattr(passn, "train")  # what is there is not trained again
-    assert solve(number, folder, capsys) == rows
-
-
 def test_which_answers_win_on_math(folder, capsys):
-    assert f"{make_needed_runs('15', folder, capsys, seeds=2)}\n" in README
+    assert f"{make_needed_runs('14', folder, capsys, seeds=2)}\n" in README
     real = json.loads((folder / "math-cross-entropy-seed10.json").read_text()) | {"baselines": {}}
 
     def save(name, label, *epochs, size=20, **changes):
@@ -176,7 +189,7 @@ def test_which_answers_win_on_math(folder, capsys):
     save("z", "z", 0.02)  # its difference comes last
     save("lm-a", "cross-entropy", 0, task="math-lm", config={"data": "a"})
     save("lm-z", "z", 0, task="math-lm", config={"data": "z"})
-    rows = solve("15", folder, capsys)
+    rows = solve("14", folder, capsys)
     assert [*rows] == ["test problems", "math, cross-entropy", "cross-entropy's best epoch", "math, cross-entropy, a",
                        "minus cross-entropy's best", "± standard error", "math, limited N=64", "math, reward N=64",
                        "math, z", "math-lm, cross-entropy", "math-lm, z"] and rows["test problems"] == [20, 20]
@@ -184,17 +197,17 @@ def test_which_answers_win_on_math(folder, capsys):
     assert rows["minus cross-entropy's best"] == pytest.approx([(0.95**64 + 0.97**64) / 2 - 0.98**64] * 2, abs=1e-3)
     for wrong in ({"config": {"data": "z"}}, {"size": 19, "task": "math-lm"}):
         save("other", "other", 0, **wrong)
-        assert "math-other.json has other problems" in refused("15", folder, capsys, "--math-dir", str(folder))
+        assert "math-other.json has other problems" in refused("14", folder, capsys, "--math-dir", str(folder))
 
 
 def test_bad_arguments_and_damaged_runs_get_one_line(folder, tmp_path, capsys):
     for exercise in ("999", "word", "", "0", "-1", "1.0"):
         assert "python exercises/solutions.py 3" in refused(exercise, tmp_path, capsys)
     assert "--o" in refused("1", tmp_path, capsys, "--o", "x") and "2" in refused("1 2", tmp_path, capsys)
-    assert "no MATH problems" in refused("6", tmp_path, capsys, "--math-dir", str(tmp_path))
+    assert "no MATH problems" in refused("7", tmp_path, capsys, "--math-dir", str(tmp_path))
     runs = (json.dumps(RUN | {"history": history}) for history in (None, [], [{"p": [[2]]}]))
     for content in ("{", "{}", "[]", "null", "[" * 100_000, *runs):
-        for number, name in (("1", "multiply-cross-entropy-seed10"), ("15", "math-limited-N=64-seed0")):
+        for number, name in (("2", "multiply-limited-N=64-seed10"), ("14", "math-limited-N=64-seed0")):
             (tmp_path / f"{name}.json").write_text(content)
             assert f"{name}.json is no run" in refused(number, tmp_path, capsys, "--math-dir", str(folder))
 
