@@ -17,6 +17,7 @@ import threading
 import traceback
 from collections import Counter
 from fractions import Fraction
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import NamedTuple
@@ -47,16 +48,16 @@ def check(f):
     """Print whether f is right, or what is wrong with it."""
     name = getattr(f, "__name__", "")
     if not callable(f):
-        print(f"check takes the function itself, as in check(pass_at_n), and got {f!r}")
+        print(f"check takes the function itself, as in check(pass_at_n), and got {f!r:.60}")
     elif name not in CHECKS:
-        print(f"there is no check for {name or f!r}, but there is one for {', '.join(CHECKS)}")
+        print(f"there is no check for {name}. Write def, and one of these names: {', '.join(CHECKS)}")
     else:
         print(f"{name}: {verdict(f, name)}")
 
 
 def use(f):
     """f, if it is right wherever numbers are moderate; otherwise the function of that name in answers.py, saying so."""
-    if verdict(f, f.__name__).startswith("right"):
+    if f.__name__ not in CHECKS or verdict(f, f.__name__).startswith("right"):
         return f
     print(f"{f.__name__} is not right yet: here the one from answers.py stands in for it")
     return getattr(importlib.import_module("answers"), f.__name__)
@@ -130,9 +131,10 @@ def difference(own, args, results, exact):
 # ==== 2. How a function is called =========================================================================
 
 
-def attempt(call, f, *args, where=None):
+def attempt(call, f, *args, where=None, seconds=None):
     """f(*args), in a thread of its own, so that a loop without end can be left. Raises Wrong for whatever goes
     wrong, with its line in the file `where`, usually that of f."""
+    seconds = seconds or SECONDS
     outcome = []
 
     def run():
@@ -143,10 +145,10 @@ def attempt(call, f, *args, where=None):
 
     thread = threading.Thread(target=run, daemon=True)
     thread.start()
-    thread.join(SECONDS)
+    thread.join(seconds)
     if not outcome:
         ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident), ctypes.py_object(SystemExit))
-        raise Wrong(f"{call} takes more than {SECONDS} seconds: does a loop never end?")
+        raise Wrong(f"{call} takes more than {seconds} seconds: does a loop never end?")
     value, error = outcome[0]
     is_empty = error is None and value is None and len(code_of(f, "co_code")) <= len(empty.__code__.co_code)
     if is_empty or value is ... or isinstance(error, NotImplementedError):
@@ -180,7 +182,7 @@ def as_array(call, value):
     try:
         value = value.detach().cpu() if isinstance(value, torch.Tensor) else value
         array = np.asarray(value, dtype=np.float64)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, RuntimeError):
         raise Wrong(f"{call} is {value!r:.60}, and should be a number or a tensor") from None
     return array.reshape(()) if array.size == 1 and array.ndim == 1 else array
 
@@ -194,7 +196,7 @@ def with_gradient(call, f, x, *args):
     x = x.clone().requires_grad_()
     value, gradient = attempt(call, f, x, *args), None
     if isinstance(value, torch.Tensor) and value.requires_grad:
-        gradient, = torch.autograd.grad(value.sum(), x, allow_unused=True)
+        gradient, = attempt(f"the gradient of {call}", partial(torch.autograd.grad, allow_unused=True), value.sum(), x)
     return [as_array(call, value), as_array(call, torch.zeros_like(x) if gradient is None else gradient)]
 
 
@@ -469,6 +471,11 @@ def mean(rewards):
     return rewards.mean(dim=1, keepdim=True)
 
 
+def mean_of_others(rewards):
+    n = rewards.shape[1]
+    return (mean(rewards) * n - rewards) / (n - 1)
+
+
 def standardized(rewards, unbiased):
     return (rewards - mean(rewards)) / (rewards.std(dim=1, keepdim=True, unbiased=unbiased) + 1e-6)
 
@@ -485,8 +492,11 @@ CHECKS["advantages"] = Check(
     inputs=[(*sizes, p) for sizes in GROUPS for p in (0.1, 0.3, 0.8)],
     mistakes=[
         (lambda rewards, N: fair(rewards, N) - mean(fair(rewards, N)),
-         "the group's mean is subtracted. The try's own weight is in that mean, so the gradient is multiplied "
-         "by 1 - 1/n + (N - 1) p / ((1 - p) n). Subtract the mean of the other tries, or nothing"),
+         "the group's mean is subtracted. The try's own weight is in that mean, so the gradient is multiplied by "
+         "1 - 1/n + (N - 1) p / ((1 - p) n). Subtract nothing, or what the other tries alone give"),
+        (lambda rewards, N: fair(rewards, N) - mean_of_others(fair(rewards, N)),
+         "the mean of the other tries' weights is subtracted. For N > 1 those weights depend on this try too, through "
+         "c, so it biases the gradient. Subtract nothing, or what the other tries alone give"),
         (lambda rewards, N: standardized(fair(rewards, N), True), DEVIATION),
         (lambda rewards, N: standardized(fair(rewards, N), False), DEVIATION),
         (lambda rewards, N: standardized(rewards, True), GRPO),
@@ -647,12 +657,13 @@ def run_file(path):
 
 def main(argv):
     """Judge the functions in a file. Returns the exit status."""
+    sys.stdout.reconfigure(errors="replace")  # some consoles cannot print λ
     if len(argv) != 1 or not argv[0].endswith(".py"):
         print("check.py: give one Python file, as in: python exercises/check.py my_file.py", file=sys.stderr)
         return 2
     path = Path(argv[0]).resolve()
     try:
-        module = attempt(argv[0], run_file, path, where=str(path))
+        module = attempt(argv[0], run_file, path, where=str(path), seconds=60)
     except Wrong as wrong:
         print(f"check.py: {wrong}", file=sys.stderr)
         return 2
@@ -660,8 +671,7 @@ def main(argv):
     verdicts = {name: verdict(getattr(module, name), name) for name in names}
     for name, words in verdicts.items():
         print(f"{name}: {words}")
-    count = Counter(verdicts.values())
-    missing = [name for name in CHECKS if name not in names]
+    count, missing = Counter(verdicts.values()), [name for name in CHECKS if name not in names]
     print(f"{count['right']} of {len(CHECKS)} functions are right; not in the file: {', '.join(missing) or 'none'}")
     return 0 if count["right"] and count["right"] + count["not written yet"] == len(names) else 1
 
