@@ -56,8 +56,8 @@ def check(f):
 
 
 def use(f):
-    """f, if it is right wherever numbers are moderate; otherwise the function of that name in answers.py, saying so."""
-    if f.__name__ not in CHECKS or verdict(f, f.__name__).startswith("right"):
+    """f, if it is right; otherwise the function of that name in answers.py, saying so."""
+    if f.__name__ not in CHECKS or verdict(f, f.__name__) == "right":
         return f
     print(f"{f.__name__} is not right yet: here the one from answers.py stands in for it")
     return getattr(importlib.import_module("answers"), f.__name__)
