@@ -664,11 +664,14 @@ def main(argv):
     path = Path(argv[0]).resolve()
     try:
         module = attempt(argv[0], run_file, path, where=str(path), seconds=60)
+        names = [name for name in CHECKS if getattr(getattr(module, name, None), "__module__", "") == module.__name__]
+        verdicts = {name: verdict(getattr(module, name), name) for name in names}
     except Wrong as wrong:
         print(f"check.py: {wrong}", file=sys.stderr)
         return 2
-    names = [name for name in CHECKS if getattr(getattr(module, name, None), "__module__", "") == module.__name__]
-    verdicts = {name: verdict(getattr(module, name), name) for name in names}
+    except KeyboardInterrupt:
+        print("check.py: interrupted", file=sys.stderr)
+        return 130
     for name, words in verdicts.items():
         print(f"{name}: {words}")
     count, missing = Counter(verdicts.values()), [name for name in CHECKS if name not in names]

@@ -11,6 +11,7 @@ import time
 from fractions import Fraction
 from itertools import combinations, product
 from pathlib import Path
+from unittest.mock import Mock
 
 os.environ["OMP_NUM_THREADS"] = "1"  # read when PyTorch is loaded
 
@@ -317,6 +318,12 @@ def test_bad_files_get_one_line_and_status_2(tmp_path, capsys):
         assert check.main(arguments) == 2
         output = capsys.readouterr()
         assert output.out == "" and output.err.count("\n") == 1 and part in output.err
+
+
+def test_ctrl_c_gets_one_line(monkeypatch, capsys):
+    monkeypatch.setattr(check, "verdict", Mock(side_effect=KeyboardInterrupt))
+    assert check.main([answers.__file__]) == 130
+    assert capsys.readouterr().err == "check.py: interrupted\n"
 
 
 def test_the_answers_pass_as_a_program():
