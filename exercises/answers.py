@@ -64,3 +64,29 @@ def proof_p(theorem, policy, depth):
         return 0.0
     return sum(probability * math.prod(proof_p(goal, policy, depth - 1) for goal in goals)
                for probability, goals in policy[theorem].values())
+
+
+def focal_loss(log_p, gamma):
+    return -((1 - log_p.exp()) ** gamma * log_p).mean()
+
+
+def hard_stop(log_p, N, k):
+    return -log_p.clamp(max=math.log(k / N)).mean()
+
+
+def smoothed_log_p(logits, labels, share):
+    log_ps = logits.log_softmax(dim=1)
+    return (1 - share) * log_ps.gather(1, labels[:, None])[:, 0] + share * log_ps.mean(dim=1)
+
+
+def penalized_log_p(logits, labels, beta):
+    log_ps = logits.log_softmax(dim=1)
+    return log_ps.gather(1, labels[:, None])[:, 0] - beta * (log_ps.exp() * log_ps).sum(dim=1)
+
+
+def maxrl_loss(log_p, N):
+    return sum((1 - log_p.exp()) ** k / k for k in range(1, N + 1)).mean()
+
+
+def grpo_loss(log_p):
+    return -2 * log_p.exp().clamp(max=1 - 1e-6).sqrt().asin().mean()  # at p = 1 the slope is infinite

@@ -24,6 +24,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch.nn.functional import cross_entropy
 
 SECONDS = 5  # that a call may take
 CHECKS = {}  # filled below: {the function's name: its Check}
@@ -644,7 +645,165 @@ CHECKS["proof_p"] = Check(
         (prover(last=1), "this stops one level too early. With depth = 1 one tactic can be applied")],
     hard=[(("A", CIRCLE, 6), "A state may come back to itself. Does depth go down with every tactic?")])
 
-# ==== 5. In a terminal ====================================================================================
+# ==== 5. Losses of one's own ==============================================================================
+
+
+def with_slopes(value, slope):
+    """What is right for a loss that is a mean over the batch, from each example's value and derivative: functions of log p."""
+    def exact(log_p, *args):
+        xs = log_p.tolist()
+        return [sum(value(x, *args) for x in xs) / len(xs), [slope(x, *args) / len(xs) for x in xs]]
+
+    return exact
+
+
+def gradient_alone(call, f, x, *args):
+    return with_gradient(call, f, x, *args)[1:]
+
+
+def focal(log_p, gamma):
+    return -((1 - log_p.exp()) ** gamma * log_p)
+
+
+def below(log_p, bound):
+    return log_p.exp() < bound
+
+
+def stopped(log_p, is_pulling):
+    return -(is_pulling * log_p)
+
+
+SUM = "this is the sum over the batch. Take the mean"
+EACH = "this is a loss for each problem. Take the mean"
+SIGN = "the sign: a loss is made smaller as p grows"
+
+CHECKS["focal_loss"] = Check(
+    "focal_loss({}, {})",
+    with_slopes(lambda x, g: -((1 - math.exp(x)) ** g) * x,
+                lambda x, g: (1 - math.exp(x)) ** (g - 1) * (math.exp(x) * (g * x + 1) - 1)),
+    inputs=[(FEW, 1), (FEW, 2), (MORE, 8)],
+    mistakes=[
+        (lambda log_p, g: -focal(log_p, g).mean(), SIGN),
+        (lambda log_p, g: focal(log_p, g).sum(), SUM),
+        (lambda log_p, g: focal(log_p, g), EACH),
+        (lambda log_p, g: -(log_p.exp() ** g * log_p).mean(),
+         "this has p^γ, which pulls most where p is large. Focal loss has (1 - p)^γ"),
+        (lambda log_p, g: weigh(log_p, (1 - log_p.exp()) ** g).mean(),
+         "the value is right, but (1 - p)^γ is detached: in focal loss the gradient goes through it, too"),
+        (lambda log_p, g: -(g * (1 - log_p.exp()) * log_p).mean(), "this has γ (1 - p): γ is an exponent"),
+        (lambda log_p, g: focal(log_p, g).mean().detach(), CUT)],
+    observe=with_gradient)
+
+def exact_stop(log_p, N, k):
+    pulling = [x < math.log(k / N) for x in log_p.tolist()]
+    return [[-is_pulling / len(pulling) for is_pulling in pulling]]
+
+
+CHECKS["hard_stop"] = Check(
+    "the gradient of hard_stop({}, {}, {})", exact_stop,
+    inputs=[(FEW, 8, 1), (MORE, 8, 1), (MORE, 64, 2), (FEW, 8, 2)],
+    mistakes=[
+        (lambda log_p, N, k: -stopped(log_p, below(log_p, k / N)).mean(), SIGN),
+        (lambda log_p, N, k: stopped(log_p, below(log_p, k / N)).sum(), SUM),
+        (lambda log_p, N, k: stopped(log_p, log_p.exp() > k / N).mean(),
+         "the wrong ones pull: those with p below k / N should, the others should stop"),
+        (lambda log_p, N, k: stopped(log_p, below(log_p, 1 / N)).mean(), "this stops at 1 / N, whatever k is"),
+        (lambda log_p, N, k: stopped(log_p, log_p < k / N).mean(),
+         "this compares log p with k / N, and log p is always below it: compare p, or take the log of k / N"),
+        (lambda log_p, N, k: stopped(log_p, pulling := below(log_p, k / N)).sum() / max(1, pulling.sum()),
+         "this is the mean over the examples that pull. Take it over the batch, or the last one left pulls as hard as all")],
+    observe=gradient_alone)
+
+
+def smoothed(logits, labels, share):
+    log_ps = logits.log_softmax(dim=1)
+    return (1 - share) * at(log_ps, labels) + share * log_ps.mean(dim=1)
+
+
+def with_all_gradients(function):
+    """What is right, from a function of logits in float64."""
+    def exact(logits, labels, *args):
+        logits = logits.double().requires_grad_()
+        values = function(logits, labels, *args)
+        return [values.detach(), torch.autograd.grad(values.sum(), logits)[0]]
+
+    return exact
+
+
+def entropy(logits, dim=1):
+    """log Σ e^x - Σ p x, another form of -Σ p log p."""
+    return logits.logsumexp(dim) - (logits.softmax(dim) * logits).sum(dim)
+
+
+LOGITS = (TALL, torch.tensor([1, 0, 0])), (WIDE, torch.tensor([0, 1]))
+
+CHECKS["smoothed_log_p"] = Check(
+    "smoothed_log_p({}, {}, {})",
+    with_all_gradients(lambda x, y, s: -cross_entropy(x, y, reduction="none", label_smoothing=s)),
+    inputs=[(*both, share) for both in LOGITS for share in (0.0, 0.1, 0.3)],
+    mistakes=[
+        (lambda x, y, s: -smoothed(x, y, s), "the sign: it stands in the place of log p, which a loss takes minus"),
+        (lambda x, y, s: smoothed(x, y, s).mean(), "this is the mean over the batch. Give each problem's own"),
+        (lambda x, y, s: smoothed(x, y, s) + s * at(x.log_softmax(1), y),
+         "the share is added, but not taken from the label: that keeps 1 - share"),
+        (lambda x, y, s: smoothed(x, y, s) + s * (x.shape[1] - 1) * x.log_softmax(1).mean(1),
+         "this has the sum over all tokens. Take the mean"),
+        (lambda x, y, s: torch.log((1 - s) * at(x.softmax(1), y) + s / x.shape[1]),
+         "this is the log of a smoothed p. Smoothing mixes the logarithms: it is the labels that are smoothed, not the model"),
+        (lambda x, y, s: at(x.log_softmax(1), y), "this is log p, whatever the share is")],
+    observe=with_gradient)
+
+CHECKS["penalized_log_p"] = Check(
+    "penalized_log_p({}, {}, {})", with_all_gradients(lambda x, y, beta: at(x.log_softmax(1), y) + beta * entropy(x)),
+    inputs=[(*both, beta) for both in LOGITS for beta in (0.0, 0.5, 2.0)],
+    mistakes=[
+        (lambda x, y, beta: at(x.log_softmax(1), y) - beta * entropy(x),
+         "the sign of the entropy: it is large where the model is unsure, and that is to be rewarded"),
+        (lambda x, y, beta: -at(x.log_softmax(1), y) - beta * entropy(x),
+         "the sign: it stands in the place of log p, which a loss takes minus"),
+        (lambda x, y, beta: (at(x.log_softmax(1), y) + beta * entropy(x)).mean(),
+         "this is the mean over the batch. Give each problem's own"),
+        (lambda x, y, beta: at(x.log_softmax(1), y) + beta * entropy(x.detach()),
+         "the value is right, but no gradient goes through the entropy, so it changes nothing"),
+        (lambda x, y, beta: at(x.log_softmax(1), y) - beta * x.log_softmax(1).mean(1),
+         "this has the mean of -log p over all tokens. The entropy weighs each by its probability: -Σ p log p"),
+        (lambda x, y, beta: at(x.log_softmax(1), y), "this is log p, whatever β is")],
+    observe=with_gradient)
+
+
+def terms(log_p, N):
+    fail = 1 - log_p.exp()
+    return sum(fail**k / k for k in range(1, N + 1))
+
+
+CHECKS["maxrl_loss"] = Check(
+    "maxrl_loss({}, {})",
+    with_slopes(lambda x, N: sum((-math.expm1(x)) ** k / k for k in range(1, N + 1)),
+                lambda x, N: -exact_pass(math.exp(x), N)),  # p Σ (1 - p)^(k-1) = pass@N
+    inputs=[(FEW, 2), (FEW, 3), (MORE, 8)],
+    mistakes=[
+        (lambda log_p, N: -terms(log_p, N).mean(), SIGN),
+        (lambda log_p, N: terms(log_p, N).sum(), SUM),
+        (lambda log_p, N: terms(log_p, N), EACH),
+        (lambda log_p, N: terms(log_p, N - 1).mean(), "the term k = N is missing: range(1, N) ends before N"),
+        (lambda log_p, N: sum((1 - log_p.exp()) ** k for k in range(1, N + 1)).mean(), "each term is to be divided by k"),
+        (lambda log_p, N: sum(log_p.exp() ** k / k for k in range(1, N + 1)).mean(), "this has p^k. A try fails with 1 - p"),
+        (lambda log_p, N: -log_p.mean(), "this is cross-entropy, where the sum tends for large N")],
+    observe=with_gradient)
+
+CHECKS["grpo_loss"] = Check(
+    "grpo_loss({})",
+    with_slopes(lambda x: -2 * math.asin(math.exp(x / 2)), lambda x: -1 / math.sqrt(math.expm1(-x))),
+    inputs=[(FEW,), (MORE,)],
+    mistakes=[
+        (lambda log_p: 2 * log_p.exp().sqrt().asin().mean(), SIGN),
+        (lambda log_p: -2 * log_p.exp().sqrt().asin().sum(), SUM),
+        (lambda log_p: -2 * log_p.exp().sqrt().asin(), EACH),
+        (lambda log_p: -log_p.exp().sqrt().asin().mean(), "the factor 2 is missing"),
+        (lambda log_p: -2 * log_p.exp().asin().mean(), "the root is missing: asin √p")],
+    observe=with_gradient)
+
+# ==== 6. In a terminal ====================================================================================
 
 
 def run_file(path):

@@ -21,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the folder of pa
 
 import passn
 import toy_tasks
+from answers import focal_loss, grpo_loss, hard_stop, maxrl_loss, penalized_log_p, smoothed_log_p
 from passn import COLUMNS, dco_loss, estimate_pass_at_n, fail, optimal_policy, pass_at, pass_at_n
 
 
@@ -235,9 +236,9 @@ def solution_9(args):
 
 def solution_10(args):
     for gamma in (8, 64, 160):
-        passn.LOSSES[f"focal{gamma}"] = lambda log_p, N, gamma=gamma: -((1 - log_p.exp()) ** gamma * log_p).mean()
+        passn.LOSSES[f"focal{gamma}"] = lambda log_p, N, gamma=gamma: focal_loss(log_p, gamma)
     for k in (1, 2, 4):
-        passn.LOSSES[f"stop{k}"] = lambda log_p, N, k=k: -log_p.clamp(max=math.log(k / N)).mean()
+        passn.LOSSES[f"stop{k}"] = lambda log_p, N, k=k: hard_stop(log_p, N, k)
     names = ("focal8", "focal64", "focal160", "stop1", "stop2", "stop4")
     line("factor", "highest", "1/2 at p =")
     for name in ("limited", *names):
@@ -249,21 +250,6 @@ def solution_10(args):
     show(args, "limited", seeds=THREE, pass_over=0.0)  # the others, too, pass over nothing
     for name in names:
         show(args, name, seeds=THREE)
-
-
-def smoothed_log_p(logits, answers, share, penalty):
-    log_ps = logits.log_softmax(dim=2)
-    given, entropy = log_ps.gather(2, answers[..., None])[..., 0], -(log_ps.exp() * log_ps).sum(dim=2)
-    return ((1 - share) * given + share * log_ps.mean(dim=2) + penalty * entropy).sum(dim=1)
-
-
-def maxrl_loss(log_p, N):
-    fail = -log_p.expm1()
-    return sum(fail**k / k for k in range(1, N + 1)).mean()
-
-
-def grpo_loss(log_p):
-    return -2 * log_p.exp().clamp(max=1 - 1e-6).sqrt().asin().mean()
 
 
 class Smoothed(toy_tasks.Multiply):
@@ -278,7 +264,9 @@ class Smoothed(toy_tasks.Multiply):
     def log_p(self, model, batch):
         prompts, answers = (part[batch] for part in self.train)
         logits, _ = model.run(torch.cat([prompts, answers[:, :-1]], dim=1), answers.shape[1])
-        return toy_tasks.with_value(smoothed_log_p(logits, answers, *self.how), super().log_p(model, batch))
+        tokens, (share, beta) = (logits.flatten(0, 1), answers.flatten()), self.how
+        own = penalized_log_p(*tokens, beta) if beta else smoothed_log_p(*tokens, share)
+        return toy_tasks.with_value(own.view_as(answers).sum(dim=1), super().log_p(model, batch))
 
 
 def solution_11(args):
@@ -301,7 +289,7 @@ def solution_12(args):
 
 
 def solution_13(args):
-    passn.LOSSES["maxrl"] = lambda log_p, N: maxrl_loss(log_p, N)
+    passn.LOSSES["maxrl"] = maxrl_loss
     passn.LOSSES["grpo"] = lambda log_p, N: grpo_loss(log_p)
     for task in ("search", "multiply"):
         line(task)

@@ -96,6 +96,19 @@ def test_exact_number_and_proofs():
         assert check.exact_proof_p("A", check.CIRCLE, depth) == approx([sum(proofs("A", check.CIRCLE, depth))])
 
 
+def test_exact_losses_of_ones_own():
+    log_p = torch.tensor([-0.2, -1.0, -4.0], dtype=torch.float64, requires_grad=True)
+    p = log_p.exp()
+    losses = {"focal_loss": ((3,), -((1 - p) ** 3 * log_p)), "maxrl_loss": ((5,), sum((1 - p) ** k / k for k in range(1, 6))),
+              "grpo_loss": ((), -2 * p.sqrt().asin()), "hard_stop": ((8, 2), -log_p.clamp(max=math.log(2 / 8)))}
+    for name, (arguments, values) in losses.items():
+        slopes, = torch.autograd.grad(values.mean(), log_p, retain_graph=True)
+        *value, gradient = CHECKS[name].exact(log_p.detach(), *arguments)
+        assert gradient == approx(slopes.tolist()) and value == approx([values.mean().item()][:len(value)])
+    logits = torch.randn(2, 5, dtype=torch.float64)
+    assert check.entropy(logits) == approx(torch.distributions.Categorical(logits=logits).entropy())
+
+
 def test_the_gradient_of_pass_at_n_and_what_a_baseline_does_to_it():
     for n, N, p in CHECKS["advantages"].inputs:
         theta = math.log(p / (1 - p))
@@ -214,6 +227,22 @@ proof_p(s, P, d): d and sum(q * sum(proof_p(g, P, d - 1) for g in goals) for q, 
 proof_p(s, P, d): d and max(q * prod(proof_p(g, P, d - 1) for g in goals) for q, goals in P[s].values()) | best tactic
 proof_p(s, P, d): sum(q * prod(proof_p(g, P, d) for g in goals) for q, goals in P[s].values()) | depth does nothing
 proof_p(s, P, d): proof_p(s, P, d) | RecursionError: it calls itself without end
+focal_loss(log_p, gamma): -((1 - log_p.exp()) ** gamma * log_p).mean() | right
+focal_loss(log_p, gamma): F.binary_cross_entropy(log_p.exp(), torch.ones_like(log_p)) | should be
+focal_loss(log_p, gamma): -((1 - log_p.exp()).detach() ** gamma * log_p).mean() | goes through it, too
+hard_stop(log_p, N, k): -torch.where(log_p.exp() < k / N, log_p, 0.0).mean() | right
+hard_stop(log_p, N, k): -log_p[log_p.exp() < k / N].sum() / len(log_p) | right
+hard_stop(log_p, N, k): -log_p[log_p.exp() < k / N].sum() / max(1, (log_p.exp() < k / N).sum()) | the last one left
+hard_stop(log_p, N, k): -log_p.clamp(min=math.log(k / N)).mean() | the wrong ones pull
+hard_stop(log_p, N, k): -log_p.clamp(max=k / N).mean() | compares log p
+smoothed_log_p(logits, labels, share): -F.cross_entropy(logits, labels, label_smoothing=share) | mean over the batch
+smoothed_log_p(logits, labels, share): F.cross_entropy(logits, labels, label_smoothing=share, reduction="none") | the sign
+penalized_log_p(x, y, b): b * torch.distributions.Categorical(logits=x).entropy() - F.cross_entropy(x, y, reduction="none") | right
+penalized_log_p(x, y, b): -F.cross_entropy(x, y, reduction="none") + b * (x.softmax(1) * x.log_softmax(1)).sum(1) | sign of the entropy
+maxrl_loss(log_p, N): sum((1 - log_p.exp()) ** k / k for k in range(1, N)).mean() | the term k = N
+maxrl_loss(log_p, N): sum(((1 - log_p.exp()) ** k).mean() for k in range(1, N + 1)) | divided by k
+grpo_loss(log_p): -2 * torch.asin(log_p.exp() ** 0.5).mean() | right
+grpo_loss(log_p): 2 * torch.acos(log_p.exp() ** 0.5).mean() | should be
 """
 
 
@@ -294,11 +323,11 @@ WRONG = "def effective_number(p):\n    return 1 / (p**2).sum()\n"
 
 
 @parametrize("source, status, lines", [
-    (RIGHT, 0, ["pass_at_n: right", "1 of 11 functions are right; not in the file: estimate_pass_at_n, log_p_of"]),
-    (EMPTY + RIGHT, 0, ["pass_at_n: right", "reward_weight: not written yet", "1 of 11"]),
-    (EMPTY, 1, ["reward_weight: not written yet", "0 of 11"]),
-    (RIGHT + WRONG, 1, ["pass_at_n: right", "effective_number: p is not normalized", "1 of 11"]),
-    ("from answers import pass_at_n\nimport passn", 1, ["0 of 11"])])  # what is imported is not judged
+    (RIGHT, 0, ["pass_at_n: right", "1 of 17 functions are right; not in the file: estimate_pass_at_n, log_p_of"]),
+    (EMPTY + RIGHT, 0, ["pass_at_n: right", "reward_weight: not written yet", "1 of 17"]),
+    (EMPTY, 1, ["reward_weight: not written yet", "0 of 17"]),
+    (RIGHT + WRONG, 1, ["pass_at_n: right", "effective_number: p is not normalized", "1 of 17"]),
+    ("from answers import pass_at_n\nimport passn", 1, ["0 of 17"])])  # what is imported is not judged
 def test_a_file_is_judged(source, status, lines, tmp_path, capsys):
     path = tmp_path / "mine.py"
     path.write_text(source)
@@ -328,7 +357,7 @@ def test_ctrl_c_gets_one_line(monkeypatch, capsys):
 
 def test_the_answers_pass_as_a_program():
     done = subprocess.run([sys.executable, HERE / "check.py", HERE / "answers.py"], capture_output=True, text=True)
-    assert done.returncode == 0 and done.stdout.count(": right\n") == len(CHECKS) == 11 and done.stderr == ""
+    assert done.returncode == 0 and done.stdout.count(": right\n") == len(CHECKS) == 17 and done.stderr == ""
 
 
 # ==== the notebook ========================================================================================
