@@ -149,19 +149,19 @@ def solution_5(args):
     frontier = "--frontier --n-embd 32 --pass-over 0.01"
     panels = {"multiply, width 32": saved(args, frontier),
               "the same, three times as long": saved(args, f"{frontier} --epochs 300"),
-              "search": saved(args, "--task search --frontier")}
+              "search, reward loss": saved(args, "--task search --frontier")}
+    panels = {title: [*rows.values()] for title, rows in panels.items()}
     for title, rows in panels.items():
-        line(f"{title}, at the end", *(f"pass@{n}" for n in COLUMNS), "on average", "behind")
-        at_end = np.array([[[pass_at(run, 2**i)[-1, 0] for i in range(10)] for run in row] for row in rows.values()])
-        mean = at_end.mean(axis=1)  # (training Ns, budgets 1, 2, 4 … 512)
-        for label, values, behind in zip(rows, mean, mean.max(axis=0) - mean):
-            line(label, *values[::3], values.mean(), behind.max())
-        for i, own in enumerate(at_end):
-            own_N = [own[:, 3 * i] - other[:, 3 * i] for j, other in enumerate(at_end) if j != i]
-            differences = ("{:.3f} ± {:.3f}".format(*passn.over_seeds(values)) for values in own_N)
-            print(f"at {COLUMNS[i]} tries, the N of that number minus the others: {', '.join(differences)}")
-    rows = {title: [*own.values()] for title, own in panels.items()}
-    passn.draw_frontier(rows, Path(args.out, "frontier.png"))
+        line(f"{title}:", *(f"pass@{n}" for n in COLUMNS), "on average", "behind")
+        at_end = [np.array([[pass_at(run, 2**i)[-1, 0] for i in range(10)] for run in row]) for row in rows]  # (seeds, tries)
+        mean = np.array([own.mean(axis=0) for own in at_end])
+        for N, values, behind in zip(COLUMNS, mean, mean.max(axis=0) - mean):
+            line(f"trained for N = {N}", *values[::3], values.mean(), behind.max())
+        for i, n in enumerate(COLUMNS):
+            others = [at_end[i] - own for own in at_end if own is not at_end[i]]
+            leads = ("{:.3f} ± {:.3f}".format(*passn.over_seeds(lead[:, 3 * i])) for lead in others)
+            print(f"N = {n} minus the others at n = {n}: {', '.join(leads)}")
+    passn.draw_frontier(panels, Path(args.out, "frontier.png"))
 
 
 @torch.no_grad()

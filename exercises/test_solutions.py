@@ -130,7 +130,7 @@ def test_the_frontier(folder, capsys, monkeypatch):
     text = capsys.readouterr().out
     assert [len(rows) for rows in drawn.values()] == [4, 4, 4] and text.count("minus the others") == 12
     at_512, other = ([passn.pass_at(run, 512)[-1, 0] for run in row] for row in drawn["search"][3:1:-1])
-    assert f"at 512 tries, the N of that number minus the others: " in text
+    assert "N = 8 minus the others at n = 8: " in text
     assert text.splitlines()[-1].endswith(f"{at_512[0] - other[0]:.3f} ± 0.000")
 
 
