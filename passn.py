@@ -296,14 +296,14 @@ class GPT(nn.Module):
 # ==== 4. Training =========================================================================================
 #
 # One loop for every loss and task. A task, in toy_tasks.py, gives it log p of training examples, differentiable; p of all
-# test problems, from which pass@N follows for every N; and tries, to look at. Training pulls on what the task shows, be it
-# an answer, a trace or the step of a proof, and F depends on p of a whole try.
+# test problems, from which pass@N follows for every N; and tries, to look at. The gradient is that of what the task shows,
+# be it an answer, a trace or a step of a proof, and F depends on p of a whole try.
 #
 # F gets small, but never zero, and Adam divides a gradient by its own recent size: when all gradients are small, it makes
 # full-size steps of them, and p drifts on. Two things hold it back. Adam's `eps`, far above the usual 1e-8, leaves small
 # gradients small. And training passes over an example that N tries already solve (F < 0.1: p beyond about 3.6/N), as the
 # paper's own code does: gradients add up, and an update is made for as many pulling examples as fill a batch. On products,
-# training p ends near 5/N, since updates for other examples carry it a little further.
+# training p ends near 5/N for N = 64, since updates for other examples carry it a little further.
 
 SETTINGS = {  # of all tasks: {name: (default, what it is)}. Each is a flag, as in --learning-rate 3e-3
     "loss": (["ce", "limited"], "one or more of the losses"),
@@ -603,13 +603,13 @@ def print_table(rows, N):
 
 def print_tries(rows):
     """What 64 tries at the first three test problems gave under each loss: overconfidence to the naked eye."""
-    print("64 tries at the first three test problems:")
+    print("64 tries at the first three test problems, and how often the commonest came:")
     runs = [run for row in rows for run in row if run["seed"] == rows[0][0]["seed"]]
     for same_problem in zip(*(run["tries"] for run in runs)):
         print(same_problem[0][0])
         for run, (_, num_right, tries) in zip(runs, same_problem):
             counts = Counter(tries)
-            commonest = ", ".join(f"{count} × {text}" for text, count in counts.most_common(4))
+            commonest = ", ".join(f"{text} ({count})" for text, count in counts.most_common(4))
             print(f"  {run['label']}: {num_right} right, {len(counts)} different; {commonest}")
 
 

@@ -942,9 +942,9 @@ def test_the_tries_are_those_of_one_seed_and_tell_how_many_are_different(by_hand
     by_hand.append([run_by_hand("limited", 9, seed=7, tries=[["a problem of another seed", 0, ["9"]]])])
     passn.print_tries(by_hand)
     assert capsys.readouterr().out.splitlines()[1:] == [
-        "1*1=0001", "  cross-entropy: 2 right, 2 different; 2 × 0001, 1 × 0007",
-        "  limited N=2: 1 right, 3 different; 1 × 0001, 1 × 0003, 1 × 0005",
-        "  reward N=2: 2 right, 2 different; 2 × 0001, 1 × 0007"]
+        "1*1=0001", "  cross-entropy: 2 right, 2 different; 0001 (2), 0007 (1)",
+        "  limited N=2: 1 right, 3 different; 0001 (1), 0003 (1), 0005 (1)",
+        "  reward N=2: 2 right, 2 different; 0001 (2), 0007 (1)"]
 
 
 def drawn_by(function, *arguments):

@@ -21,7 +21,7 @@ def log_p_of(logits, labels):
 
 
 def limited_loss(log_p, N):
-    log_fail = torch.log1p(-log_p.exp())  # log(1 - p)
+    log_fail = torch.log1p(-log_p.clamp(max=-1e-6).exp())  # log(1 - p), finite at p = 1
     return -torch.log(-torch.expm1(N * log_fail)).mean()
 
 

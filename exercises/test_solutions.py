@@ -129,7 +129,7 @@ def test_the_frontier(folder, capsys, monkeypatch):
     solutions.main(["5", "--out", str(folder)])
     text = capsys.readouterr().out
     assert [len(rows) for rows in drawn.values()] == [4, 4, 4] and text.count("minus the others") == 12
-    at_512, other = ([passn.pass_at(run, 512)[-1, 0] for run in row] for row in drawn["search"][3:1:-1])
+    at_512, other = ([passn.pass_at(run, 512)[-1, 0] for run in row] for row in drawn["search, reward loss"][3:1:-1])
     assert "N = 8 minus the others at n = 8: " in text
     assert text.splitlines()[-1].endswith(f"{at_512[0] - other[0]:.3f} ± 0.000")
 
@@ -221,7 +221,8 @@ def test_ctrl_c_gets_one_line_and_a_closed_pipe_none(monkeypatch, capsys):
     os.close(reader)
     with open(writer, "w") as closed:
         monkeypatch.setattr(sys, "stdout", closed)
-        solutions.main(["9"])
+        monkeypatch.setitem(solutions.SOLUTIONS, "1", lambda _: print("a table" * 10_000))
+        solutions.main(["1"])
     assert capsys.readouterr().err == ""
 
 
