@@ -1,8 +1,7 @@
 """The limited loss and the weights for pass@N in your own training. Copy what you need, with passn.py and toy_tasks.py.
 
-    python exercises/own_training.py sft     # see it work: a tiny model, trained by cross-entropy and by LimitedLoss
-    python exercises/own_training.py grpo    # with plain GRPO, and with PassAtN. Also by torchrun or accelerate launch
-"""
+    python exercises/own_training.py sft     # see it work: a tiny model, by cross-entropy and by LimitedLoss
+    python exercises/own_training.py grpo    # by plain GRPO and by PassAtN; torchrun and accelerate launch do, too"""
 
 import os
 import sys
@@ -22,11 +21,10 @@ def answer_log_p(logits, labels, is_text=None, max_length=None):
     is_text = torch.ones_like(is_answer) if is_text is None else is_text.bool()
     starts = is_answer & ~pad(is_answer, (1, -1))
     require(is_answer.any(dim=1).all(), "a row has no answer: all its labels are -100")
-    require((is_text | ~is_answer).all(), "a row has labels at its padding: make them -100")
-    require(((is_text.cumsum(dim=1) > 1) | ~starts).all(), "a row begins with its answer: labels at a prompt are -100")
-    require((starts.sum(dim=1) == 1).all(), "a row has several answers, or one with a hole: unpack, a turn a row")
-    is_whole = is_text.sum(dim=1) < (max_length or torch.inf)
-    require(is_whole.all(), "a row fills max_length; if it is cut, p is a prefix's: drop it, or raise max_length")
+    require((is_text & (is_text.cumsum(dim=1) > 1) | ~is_answer).all(), "a prompt or padding is not labelled -100")
+    require((starts.sum(dim=1) == 1).all(), "a row has several answers, or one with a hole: unpack; a turn a row")
+    require((is_text.sum(dim=1) < (max_length or torch.inf)).all(),
+            "a row fills max_length; if it is cut, p is a prefix's: drop such rows, or raise max_length")
     row, place = is_answer.nonzero(as_tuple=True)
     logits = logits[:, -labels.shape[1]:][row, place - 1].float()  # from the end: virtual tokens may stand in front
     losses = cross_entropy(logits, labels[row, place], reduction="none")
@@ -75,8 +73,7 @@ def advantages(rewards, N):
 
 
 class PassAtN:
-    """In front of TRL's trainer: class PassAtNTrainer(PassAtN, GRPOTrainer). TRL subtracts the group's mean, which
-    multiplies the expected gradient by 1 - 1/n + (N - 1) p / ((1 - p) n)."""
+    """In front of TRL's trainer: class PassAtNTrainer(PassAtN, GRPOTrainer). Reward functions count one by one."""
     N = 8
 
     def _calculate_rewards(self, *args):
@@ -84,76 +81,70 @@ class PassAtN:
         if not self.model.training:
             return rewards
         n, groups = self.num_generations, rewards.T.reshape(-1, self.num_generations)
+        weighted = n * advantages(groups, self.N)  # n, since TRL takes the mean over tries
         for k in {1, self.N}:
             self._metrics["train"][f"pass@{k}"].append(estimate_pass_at_n(n, groups.sum(dim=1), k).mean().item())
-        return (n * advantages(groups, self.N)).reshape(rewards.T.shape).T  # n, since TRL takes the mean over tries
+        return weighted.reshape(rewards.T.shape).T
 
     def __init__(self, *args, **options):
         super().__init__(*args, **options)
         is_scaled = self.scale_rewards != "none" or self.multi_objective_aggregation != "sum_then_normalize"
         require(not is_scaled, 'set scale_rewards="none": dividing by the standard deviation cancels the weights')
         require(self.loss_type == "dr_grpo", 'set loss_type="dr_grpo": the others divide by numbers of tokens')
-        advantages(torch.zeros(1, self.num_generations), self.N)  # an error where these are too few
 
 
 def verl_advantages(token_level_rewards, response_mask, index, N=8, **_):
     """The same for verl: register_adv_est("pass_at_n")(verl_advantages). Rows of one index are tries at one problem."""
-    weighted = torch.zeros_like(token_level_rewards)
+    result = torch.zeros_like(token_level_rewards)
     for problem in {*index}:
-        tries = torch.as_tensor(index == problem, device=weighted.device)
-        weights = advantages(token_level_rewards[None, tries].sum(dim=2), N).T
-        weighted[tries] = tries.sum() * weights * response_mask[tries]
-    return weighted, weighted
+        tries = torch.as_tensor(index == problem, device=result.device)
+        result[tries] = tries.sum() * advantages(token_level_rewards[None, tries].sum(dim=2), N).T * response_mask[tries]
+    return result, result
 
 
-def show(title, N, tries, tokens, labels, bases, config, rows, settings, *reward, **data):
-    """Train a tiny model, and print pass@1 and pass@tries, exact from log p of these answers, as it goes."""
+def show(title, N, tries, tokens, labels, bases, config, rows, data, **settings):
     from transformers import GPT2Config, GPT2LMHeadModel
     def log(self, logs, *_):
         if "loss" in logs and self.is_world_process_zero():
             p = answer_log_p(model(tokens).logits, labels).detach().exp()
-            means = (f"pass@{k} {pass_at_n(p, k).mean():.3f}" for k in (1, tries))
-            print(f"{title}: step {self.state.global_step:3}", *means, flush=True)
-    torch.set_num_threads(1)  # more gain nothing here
+            shown = f"pass@1 {p.mean():.3f}, pass@{tries} {pass_at_n(p, tries).mean():.3f}"
+            print(f"{title}: step {self.state.global_step}, {shown}", flush=True)
+    torch.set_num_threads(1)  # more are slower
     torch.manual_seed(0)
-    sizes = {"vocab_size": 32, "n_positions": 16, "n_embd": 48, "n_layer": 2, "n_head": 4, "initializer_range": 0.05}
-    model = GPT2LMHeadModel(GPT2Config(**sizes, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, eos_token_id=1))
-    rows //= int(os.environ.get("WORLD_SIZE", 1))  # a process's share
-    args = config("out", per_device_train_batch_size=rows, use_cpu=True, bf16=False, report_to="none", save_strategy="no",
-                  disable_tqdm=True, **settings)
-    type("Recipe", bases, {"N": N, "log": log})(model, *reward, args, **data).train()
+    sizes = {"vocab_size": 20, "n_positions": 16, "n_embd": 48, "n_layer": 2, "n_head": 4, "initializer_range": 0.05}
+    model = GPT2LMHeadModel(GPT2Config(**sizes, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0))
+    args = config("out", per_device_train_batch_size=rows // int(os.environ.get("WORLD_SIZE", 1)), report_to="none",
+                  use_cpu=True, bf16=False, save_strategy="no", disable_tqdm=True, logging_steps=0.125, **settings)
+    type("Recipe", bases, {"N": N, "log": log})(model, args=args, **data).train()
 
 
 def sft():
     from transformers import Trainer, TrainingArguments
-    task, settings = Multiply(num_train=1000, num_test=500), {"max_steps": 800, "learning_rate": 4e-3, "logging_steps": 100}
-    train, test = ((torch.cat(part, dim=1), pad(part[1], (6, 0), value=-100)) for part in (task.train, task.test))
-    data = [{"input_ids": tokens, "labels": labels} for tokens, labels in zip(*train)]
+    task = Multiply(num_train=1000, num_test=500)
+    data = [{"input_ids": torch.cat([prompt, answer]), "labels": pad(answer, (6, 0), value=-100)}
+            for prompt, answer in zip(*task.train)]
+    test = torch.cat(task.test, dim=1), pad(task.test[1], (6, 0), value=-100)
     for title, N in (("cross-entropy", 1), ("limited, N = 64", 64)):
-        show(title, N, 64, *test, (LimitedLoss, Trainer), TrainingArguments, 100, settings, train_dataset=data)
+        show(title, N, 64, *test, (LimitedLoss, Trainer), TrainingArguments, 100, {"train_dataset": data},
+             max_steps=800, learning_rate=4e-3)
 
 
-def grpo():  # four questions; a right answer is one letter, the r-th of 12 in 12 / r of 37 cases
+def grpo():  # a question, and of 12 letters the r-th is the right answer 12 // r times
     from datasets import Dataset
     from transformers import GPT2Tokenizer
     from trl import GRPOConfig, GRPOTrainer
-    def is_right(completion_ids, answer, **_):
-        return [float(tokens == right) for tokens, right in zip(completion_ids, answer)]
-    ranks = [r for r in range(1, 13) for _ in range(round(12 / r))]
-    rows = [[2 + question, 8 + (5 * r + 7 * question) % 24] for question in range(4) for r in ranks]
-    letters = GPT2Tokenizer({chr(64 + i): i for i in range(32)}, [], unk_token="@", pad_token="@", eos_token="A")
-    prompts = Dataset.from_list([{"prompt": chr(64 + question), "answer": [answer]} for question, answer in rows])
-    test, data = torch.tensor(rows), {"train_dataset": prompts, "processing_class": letters}
-    settings = {"max_steps": 120, "learning_rate": 1e-2, "logging_steps": 15, "num_generations": 32, "max_completion_length": 1}
-    for title, bases, more in (("plain GRPO", (GRPOTrainer,), {}), ("weights, N = 8", (PassAtN, GRPOTrainer),
-                                                                {"scale_rewards": "none", "loss_type": "dr_grpo"})):
-        labels = test.masked_fill(torch.tensor([True, False]), -100)
-        show(title, 8, 8, test, labels, bases, GRPOConfig, 256, settings | more, is_right, **data)
+    answers = [7 + r for r in range(1, 13) for _ in range(12 // r)]
+    labels = torch.tensor([[-100, answer] for answer in answers])
+    letters = GPT2Tokenizer({chr(64 + i): i for i in range(20)}, [], pad_token="@", eos_token="A")
+    data = {"train_dataset": Dataset.from_dict({"prompt": ["B"] * len(answers), "answer": answers}),
+            "reward_funcs": lambda completion_ids, answer, **_: [[y] == x for x, y in zip(completion_ids, answer)],
+            "processing_class": letters}
+    settings = {"max_steps": 80, "learning_rate": 1e-2, "num_generations": 32, "max_completion_length": 1}
+    show("plain GRPO", 8, 8, labels.clamp(min=2), labels, (GRPOTrainer,), GRPOConfig, 256, data, **settings)
+    settings |= {"scale_rewards": "none", "loss_type": "dr_grpo"}
+    show("weights, N = 8", 8, 8, labels.clamp(min=2), labels, (PassAtN, GRPOTrainer), GRPOConfig, 256, data, **settings)
 
 
 if __name__ == "__main__":
     recipe = {"sft": sft, "grpo": grpo}.get(" ".join(sys.argv[1:]))
-    try:
-        recipe() if recipe else fail("usage: python exercises/own_training.py sft (or grpo)")
-    except ImportError as error:
-        fail(f"{error}; pip install transformers accelerate trl")
+    recipe() if recipe else fail("usage: python exercises/own_training.py sft (or grpo)")
