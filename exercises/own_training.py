@@ -9,7 +9,7 @@ import sys
 import torch
 from torch.nn.functional import cross_entropy, pad
 
-sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))  # the folder of passn.py
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # the folder of passn.py
 from passn import dco_loss, estimate_pass_at_n, fail, overconfidence_factor, pass_at_n, pass_at_n_weights
 from toy_tasks import Multiply, require
 
