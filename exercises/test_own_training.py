@@ -1,5 +1,5 @@
-"""The recipes against the same steps by hand, against exact gradients, and against every input that they refuse. What needs a
-package that is not installed is skipped, and says so. As a program, it trains by both recipes and saves the parameters."""
+"""The recipes against the same steps by hand, against exact gradients, and with what they refuse. What needs a package
+that is not installed is skipped, and says so. As a program, this trains by both recipes and saves the parameters."""
 
 import copy
 import os
@@ -25,8 +25,8 @@ from passn import dco_loss, overconfidence_factor, pass_at_n
 torch.set_num_threads(1)
 HERE = Path(own.__file__).resolve().parent
 README = (HERE.parent / "README.md").read_text(encoding="utf-8")
-QUIET = {"use_cpu": True, "bf16": False, "report_to": "none", "save_strategy": "no", "disable_tqdm": True, "optim": "sgd",
-         "learning_rate": 0.5, "lr_scheduler_type": "constant", "max_grad_norm": 0.0}
+QUIET = {"use_cpu": True, "bf16": False, "report_to": "none", "save_strategy": "no", "disable_tqdm": True,
+         "optim": "sgd", "learning_rate": 0.5, "lr_scheduler_type": "constant", "max_grad_norm": 0.0}
 parametrize = pytest.mark.parametrize
 
 
@@ -157,7 +157,8 @@ def test_bf16_changes_the_loss_by_rounding_only(package, tmp_path):
 def test_lora_and_prompt_tuning_take_the_steps_by_hand(package, kind, tmp_path):
     """Prompt tuning puts virtual tokens in front, so that there are more logits than labels."""
     peft, rows = pytest.importorskip("peft"), texts()
-    special = {"LoraConfig": {"r": 2, "target_modules": ["q_proj", "v_proj"]}, "PromptTuningConfig": {"num_virtual_tokens": 3}}
+    special = {"LoraConfig": {"r": 2, "target_modules": ["q_proj", "v_proj"]},
+               "PromptTuningConfig": {"num_virtual_tokens": 3}}
     model = peft.get_peft_model(tiny_llama(), getattr(peft, kind)(task_type="CAUSAL_LM", **special[kind]))
     by_hand, start = copy.deepcopy(model), copy.deepcopy(model)
     trainer = limited(package, tmp_path, model, rows, per_device_train_batch_size=4)
@@ -174,7 +175,8 @@ TURNS = [{"role": "user", "content": "DEF"}], [{"role": "assistant", "content": 
 
 
 @parametrize("row, text, settings, bad, hint", [
-    ({"prompt": "DEF", "completion": "GH"}, "DEFGHA", {}, {"prompt": "DEF", "completion": "GHIJKLM"}, "fills max_length"),
+    ({"prompt": "DEF", "completion": "GH"}, "DEFGHA", {},
+     {"prompt": "DEF", "completion": "GHIJKLM"}, "fills max_length"),
     ({"prompt": TURNS[0], "completion": TURNS[1]}, "BDEFCGHA", {},
      {"prompt": TURNS[0], "completion": [{"role": "assistant", "content": "GHIJ"}]}, "fills max_length"),
     ({"messages": TURNS[0] + TURNS[1]}, "BDEFCGHA", {"assistant_only_loss": True},
@@ -198,18 +200,21 @@ def test_trls_data_sets_of_one_turn_and_what_is_wrong_with_others(row, text, set
 @parametrize("labels, mask, hint", [
     ([-100, -100, -100, -100], None, "no answer"), ([2, 3, 4, 5], None, "not labelled -100"),
     ([-100, -100, 4, 5], [0, 0, 1, 1], "not labelled -100"),  # a collator wrote over labels, with padding in front
-    ([-100, 3, -100, 5], None, "several answers, or one with a hole"), ([-100, 3, 4, 5], [1, 1, 1, 0], "not labelled -100")])
+    ([-100, 3, 4, 5], [1, 1, 1, 0], "not labelled -100"),
+    ([-100, 3, -100, 5], None, "several answers, or one with a hole")])
 def test_a_row_that_is_no_prompt_and_one_answer_is_told_why(labels, mask, hint):
     good, ones = [-100, -100, 4, 5], [1, 1, 1, 1]
     with pytest.raises(ValueError, match=hint):
         own.answer_log_p(torch.zeros(2, 4, 6), torch.tensor([good, labels]), torch.tensor([ones, mask or ones]))
 
 
-def test_a_cut_row_and_label_smoothing_are_refused(tmp_path):
+def test_a_cut_row_and_label_smoothing_are_refused_but_not_virtual_tokens(tmp_path):
     labels = torch.tensor([[-100, -100, 4, 5]])
     with pytest.raises(ValueError, match="max_length.*prefix"):
         own.answer_log_p(torch.zeros(1, 4, 6), labels, max_length=4)
-    assert own.answer_log_p(torch.zeros(1, 7, 6), labels, max_length=5).item() == approx(-2 * np.log(6))
+    logits = torch.randn(1, 7, 6)  # of three virtual tokens in front, too
+    log_probs = logits[0, 3:].log_softmax(dim=1)
+    assert_close(own.answer_log_p(logits, labels, max_length=5), (log_probs[1, 4] + log_probs[2, 5])[None])
     with pytest.raises(ValueError, match="label_smoothing"):
         limited("transformers", tmp_path, tiny_llama(), texts(), label_smoothing_factor=0.1)
 
@@ -223,12 +228,15 @@ def test_advantages_are_those_by_hand():
         assert_close(own.advantages(rewards, 2), rewards.float() * torch.tensor([[1 / 3], [0], [1 / 6]]))
 
 
-@parametrize("rewards, N, hint", [
-    ([[1, 1, 1, -1.0]], 2, "0 or 1"), ([[1, 1, -1, -1]], 2, "0 or 1"), ([[0.5, 0.5, 0, 0]], 2, "0 or 1"),
-    ([[2, 0, 0, 0]], 2, "0 or 1"), ([[1, float("nan")]], 1, "0 or 1"), ([[1.0] + [0] * 7], 64, "at most the number of tries; well")])
-def test_other_rewards_and_too_few_tries_are_told_why(rewards, N, hint):
-    with pytest.raises(ValueError, match=hint):
-        own.advantages(torch.tensor(rewards), N)
+@parametrize("rewards", [[1, 1, 1, -1], [1, 1, -1, -1], [0.5, 0.5, 0, 0], [2, 0, 0, 0], [1, float("nan"), 0, 0]])
+def test_rewards_other_than_0_and_1_are_told_why(rewards):
+    with pytest.raises(ValueError, match="rewards are 0 or 1"):
+        own.advantages(torch.tensor([rewards, [0, 0, 0, 1]]), 2)
+
+
+def test_too_few_tries_are_told_why():
+    with pytest.raises(ValueError, match="8 tries: N is at most the number of tries; well below it is better"):
+        own.advantages(torch.tensor([[1] + [0] * 7]), 64)
 
 
 def chance(n, c, k):
@@ -238,19 +246,23 @@ def chance(n, c, k):
 
 @parametrize("n, N", [(4, 2), (8, 3), (8, 8)])
 def test_what_others_formulas_make_of_the_weights(n, N):
-    """PKPO's weights minus its leave-one-out pass@(N - 1); verl's r_max - r_second where N = n; and TRL's group mean."""
+    """PKPO's weights minus its leave-one-out pass@(N - 1); verl's r_max - r_second, where N = n; TRL's group mean."""
+    def weights(c):
+        return own.advantages(torch.tensor([[1.0] * c + [0.0] * (n - c)]), N)[0].tolist()
+
     for c in range(1, n):
-        w = own.advantages(torch.tensor([[1.0] * c + [0.0] * (n - c)]), N)[0].double().numpy()
+        w = weights(c)
         right, wrong = N / n, N / n * chance(n - 1, c, N - 1)
         baseline = [N / n * chance(n - 1, c - is_right, N - 1) for is_right in (1, 0)]
         assert [w[0], w[-1]] == approx([right - baseline[0], wrong - baseline[1]], abs=1e-7)
         if N == n:
             assert n * w[0] == approx(n * (c == 1))
     for p in (0.1, 0.5):
-        share = [comb(n, c) * p**c * (1 - p)**(n - c) for c in range(n + 1)]
-        weight = [own.advantages(torch.tensor([[1.0] * c + [0.0] * (n - c)]), N)[0, 0].item() for c in range(n + 1)]
-        plain = sum(s * w * c / p for c, (s, w) in enumerate(zip(share, weight)))  # times dp: E[Σ w d log π]
-        centred = sum(s * w * (c * (1 - c / n) / p + (n - c) * c / n / (1 - p)) for c, (s, w) in enumerate(zip(share, weight)))
+        plain = centred = 0  # times dp: the expectation of Σ advantage · d log π
+        for c in range(n + 1):
+            of_all = comb(n, c) * p**c * (1 - p)**(n - c) * weights(c)[0]
+            plain += of_all * c / p
+            centred += of_all * (c * (1 - c / n) / p + (n - c) * c / n / (1 - p))
         assert plain == approx(N * (1 - p)**(N - 1), rel=1e-6)
         assert centred / plain == approx(1 - 1 / n + (N - 1) * p / ((1 - p) * n), rel=1e-6)
 
@@ -278,7 +290,7 @@ def test_verls_function_groups_by_index_and_agrees_with_its_own_estimate():
     assert_close(ours, 4 * theirs)
 
 
-def weighted(folder, model, N, n, tries, prompts, recipe=own.PassAtN, rows=None, **settings):
+def weighted(folder, model, N, n, tries, prompts, rows=None, **settings):
     """TRL's trainer on given tries, the tokens of which all processes share in turn. Right is the try [1, 1]."""
     trl, datasets = pytest.importorskip("trl"), pytest.importorskip("datasets")
 
@@ -292,21 +304,21 @@ def weighted(folder, model, N, n, tries, prompts, recipe=own.PassAtN, rows=None,
         return [float(tokens == [1, 1]) for tokens in completion_ids]
 
     args = trl.GRPOConfig(str(folder), **QUIET | {
-        "scale_rewards": "none", "loss_type": "dr_grpo", "num_generations": n, "max_completion_length": 2, "shuffle_dataset": False,
-        "per_device_train_batch_size": rows or len(tries), "logging_steps": 1} | settings)
-    trainer = type("PassAtNTrainer", (recipe, trl.GRPOTrainer) if recipe else (trl.GRPOTrainer,), {"N": N})
-    return trainer(model, is_right, args, train_dataset=datasets.Dataset.from_list([{"prompt": text} for text in prompts]),
-                   processing_class=characters(), rollout_func=tries_of_this_process)
+        "scale_rewards": "none", "loss_type": "dr_grpo", "num_generations": n, "max_completion_length": 2,
+        "shuffle_dataset": False, "per_device_train_batch_size": rows or len(tries), "logging_steps": 1} | settings)
+    trainer, data = type("PassAtNTrainer", (own.PassAtN, trl.GRPOTrainer), {"N": N}), {"prompt": [*prompts]}
+    return trainer(model, is_right, args, train_dataset=datasets.Dataset.from_dict(data), processing_class=characters(),
+                   rollout_func=tries_of_this_process)
 
 
 @parametrize("N", [1, 2, 3])
-def test_the_gradient_of_a_step_of_trl_is_the_exact_one_times_what_the_groups_mean_makes_of_it(N, tmp_path, monkeypatch):
-    """Two tokens, each of two, all equally likely: p = 1/4. So all groups of three tries are as likely, and once each here."""
+def test_the_gradient_of_a_step_is_the_exact_one_times_what_the_groups_mean_makes_of_it(N, tmp_path, monkeypatch):
+    """A try is two tokens, each of two, all equally likely: p = 1/4. Here is each of the 64 groups of three, once."""
     monkeypatch.setenv("TRL_EXPERIMENTAL_SILENCE", "1")
     model, n, p = tiny_llama(vocab_size=2), 3, 0.25
     torch.nn.init.zeros_(model.lm_head.weight)
     by_hand = copy.deepcopy(model)
-    tries = [[*tokens] for group in product([(0, 0), (0, 1), (1, 0), (1, 1)], repeat=n) for tokens in group]
+    tries = [[*tokens] for group in product(product((0, 1), repeat=2), repeat=n) for tokens in group]
     trainer = weighted(tmp_path, model, N, n, tries, "A" * 64, max_steps=1)
     trainer.train()
     value = pass_at_n(log_p_by_hand(by_hand, torch.tensor([1, 1, 1]), 2).exp(), N)
@@ -314,7 +326,8 @@ def test_the_gradient_of_a_step_of_trl_is_the_exact_one_times_what_the_groups_me
     gradient = torch.autograd.grad(value, by_hand.lm_head.weight)[0]
     factor = 1 - 1 / n + (N - 1) * p / ((1 - p) * n)
     assert gradient.abs().max() > 0.01
-    assert_close(model.lm_head.weight, 0.5 * factor * gradient / 2, rtol=1e-4, atol=1e-6)  # dr_grpo: by max_completion_length
+    by_trl = gradient / 2  # dr_grpo divides by max_completion_length
+    assert_close(model.lm_head.weight, 0.5 * factor * by_trl, rtol=1e-4, atol=1e-6)
     logged = trainer.state.log_history[0]
     assert logged["pass@1"] == approx(p) and logged[f"pass@{N}"] == approx(value.item())
 
@@ -333,7 +346,7 @@ def test_settings_of_trl_that_undo_the_weights_are_refused(changes, hint, tmp_pa
 
 
 def train_by_both(folder, processes):
-    """Three steps of each recipe; per process a share of the rows. A group of eight tries is on both sides of the middle."""
+    """Three steps of each recipe. The second of three groups of eight tries is shared by the two processes."""
     rows = [(torch.cat([torch.tensor([2, 3]), text[:4]]), length) for text, length in texts(12)]
     first, second = tiny_llama(), tiny_llama()
     limited("transformers", folder, first, rows, per_device_train_batch_size=4 // processes, num_train_epochs=1).train()
@@ -357,7 +370,8 @@ def test_two_processes_end_with_the_parameters_of_one(tmp_path, monkeypatch):
         assert max((value - start.get_parameter(name)).abs().max() for name, value in alone.items()) > 1e-3
 
 
-@parametrize("recipe, titles", [("sft", ["cross-entropy", "limited, N = 64"]), ("grpo", ["plain GRPO", "weights, N = 8"])])
+@parametrize("recipe, titles", [
+    ("sft", ["cross-entropy", "limited, N = 64"]), ("grpo", ["plain GRPO", "weights, N = 8"])])
 def test_the_program_prints_both_curves(recipe, titles, tmp_path, monkeypatch, capsys):
     for package in ("transformers", "accelerate") if recipe == "sft" else ("trl", "datasets"):
         pytest.importorskip(package)
@@ -365,8 +379,8 @@ def test_the_program_prints_both_curves(recipe, titles, tmp_path, monkeypatch, c
     show = own.show
     monkeypatch.setattr(own, "show", lambda *given, **settings: show(*given, **settings | {"max_steps": 2}))
     getattr(own, recipe)()
-    lines = [re.fullmatch(r"(.+): step (\d), pass@1 (0\.\d+), pass@\d+ (0\.\d+)", line) for line in capsys.readouterr().out.splitlines()
-             if "pass@8 " in line or "pass@64 " in line]
+    form = re.compile(r"(.+): step (\d), pass@1 (0\.\d+), pass@\d+ (0\.\d+)")
+    lines = [line for line in map(form.fullmatch, capsys.readouterr().out.splitlines()) if line]
     assert [(line[1], line[2]) for line in lines] == [(title, step) for title in titles for step in "12"]
     assert all(float(line[3]) <= float(line[4]) for line in lines)
 
