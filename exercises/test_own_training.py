@@ -7,6 +7,7 @@ import re
 import runpy
 import subprocess
 import sys
+from collections import defaultdict
 from itertools import product
 from math import comb
 from pathlib import Path
@@ -121,7 +122,7 @@ def test_the_limited_trainer_takes_the_steps_of_a_loop_by_hand(package, side, ba
                       gradient_accumulation_steps=accumulated, logging_steps=1, per_device_eval_batch_size=3)
     factors = overconfidence_factor(torch.stack([log_p_by_hand(model, *row) for row in rows]), 4)
     trainer.train()
-    assert trainer.state.log_history[0]["F"] == approx(factors[:4].mean().item(), rel=1e-4)
+    assert trainer.state.log_history[0]["F"] == approx(factors[:4].mean().item(), rel=1e-4) and trainer.factors == []
     steps_by_hand(by_hand, rows, 4, 0.1)
     same(model, by_hand)
     expected = losses_by_hand(by_hand, rows, 4, 0.1).mean().item()
@@ -265,6 +266,19 @@ def test_what_others_formulas_make_of_the_weights(n, N):
             centred += of_all * (c * (1 - c / n) / p + (n - c) * c / n / (1 - p))
         assert plain == approx(N * (1 - p)**(N - 1), rel=1e-6)
         assert centred / plain == approx(1 - 1 / n + (N - 1) * p / ((1 - p) * n), rel=1e-6)
+
+
+def test_each_reward_function_has_its_own_weights_and_evaluation_has_plain_rewards():
+    given = torch.tensor([[1.0, 0, 0, 1, 0, 1, 0, 0], [1, 1, 1, 0, 0, 0, 0, 0]]).T  # (tries, functions)
+    base = type("Base", (), {"_calculate_rewards": lambda self: given, "__init__": lambda self: None})
+    trainer = object.__new__(type("PassAtNTrainer", (own.PassAtN, base), {"N": 2}))
+    trainer.model, trainer.num_generations, trainer._metrics = torch.nn.Linear(1, 1), 4, {"train": defaultdict(list)}
+    rewards = trainer._calculate_rewards()
+    for column, weighted_column in zip(given.T, rewards.T):
+        assert_close(weighted_column, 4 * own.advantages(column.view(2, 4), 2).flatten())
+    assert trainer._metrics["train"] == {"pass@1": [approx(6 / 16)], "pass@2": [approx((5 / 6 + 1 / 2 + 1 + 0) / 4)]}
+    trainer.model.eval()
+    assert trainer._calculate_rewards() is given
 
 
 def test_verls_function_groups_by_index_and_agrees_with_its_own_estimate():
