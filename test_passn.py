@@ -1301,53 +1301,7 @@ def readme_lines(containing):
     return block.split("```")[0]
 
 
-def test_the_readmes_losses_and_advantages():
+def test_the_readmes_losses():
     log_p = torch.tensor([-1.0, -3.0])
     exec(readme_lines("cross-entropy: be"), names := {"torch": torch, "p": log_p.exp(), "log_p": log_p, "N": 64})
     assert_close(names["loss"], dco_loss(log_p, 64).mean())
-    exec(readme_lines("def advantages"), names := {})
-    for dtype in (torch.bool, torch.int64, torch.float32):
-        rewards = torch.tensor([[1, 0, 0, 1], [0, 0, 0, 0]], dtype=dtype)
-        assert_close(names["advantages"](rewards, 2), rewards.float() / 3)
-
-
-@parametrize("package, trainer, arguments", [
-    ("transformers", "Trainer", "TrainingArguments"), ("trl", "SFTTrainer", "SFTConfig")])
-def test_the_readmes_trainer_takes_the_steps_of_a_loop_by_hand(package, trainer, arguments, tmp_path, monkeypatch):
-    """24 texts of 12 tokens, the last 1 to 4 of them the answer; a window of two batches of 8, and a short one."""
-    transformers, _, datasets, package = map(pytest.importorskip, ("transformers", "accelerate", "datasets", package))
-    lines = readme_lines("compute_loss")
-    torch.manual_seed(0)
-    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(
-        vocab_size=97, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2))
-    by_hand, texts = copy.deepcopy(model), torch.randint(97, (24, 12))
-    labels = [torch.where(torch.arange(12) < 11 - i % 4, -100, text).tolist() for i, text in enumerate(texts)]
-    train_dataset = datasets.Dataset.from_dict({"input_ids": texts.tolist(), "labels": labels})
-    args = getattr(package, arguments)(
-        tmp_path, num_train_epochs=2, optim="sgd", learning_rate=0.5, lr_scheduler_type="constant", max_grad_norm=0.0,
-        use_cpu=True, bf16=False, report_to="none", save_strategy="no", disable_tqdm=True,
-        per_device_train_batch_size=8, gradient_accumulation_steps=2, train_sampling_strategy="sequential")
-    if trainer == "SFTTrainer":  # it wants a tokenizer, here of characters, and must not load one from the hub
-        tokenizers = pytest.importorskip("tokenizers")
-        words = tokenizers.Tokenizer(tokenizers.models.WordLevel({chr(33 + i): i for i in range(97)}, unk_token="!"))
-        tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=words, eos_token="!", pad_token="!")
-        with_tokenizer = functools.partialmethod(package.SFTTrainer.__init__, processing_class=tokenizer)
-        monkeypatch.setattr(package.SFTTrainer, "__init__", with_tokenizer)
-        lines = lines.replace("from transformers import Trainer", "from trl import SFTTrainer as Trainer")
-    exec(lines, names := {"model": model, "args": args, "train_dataset": train_dataset})
-    def losses(examples):
-        log_probs = by_hand(texts).logits.log_softmax(dim=-1)
-        log_p = [sum(log_probs[i, t - 1, texts[i, t]] for t in range(11 - i % 4, 12)) for i in examples]
-        return dco_loss(torch.stack(log_p), 64)
-    optimizer = torch.optim.SGD(by_hand.parameters(), lr=0.5)
-    for window in (range(16), range(16, 24)) * 2:
-        optimizer.zero_grad()
-        losses(window).mean().backward()
-        optimizer.step()
-    for trained, same in zip(model.parameters(), by_hand.parameters()):
-        assert_close(trained, same, rtol=1e-4, atol=1e-6)
-    assert names["trainer"].evaluate(train_dataset)["eval_loss"] == approx(losses(range(24)).mean().item())
-    assert names["trainer"].predict(train_dataset).label_ids.shape == (24, 12)
-    packed = {"labels": torch.tensor([[-100, 1, -100, 1]]), "input_ids": torch.tensor([[2, 1, 2, 1]])}
-    with pytest.raises(AssertionError, match="do not pack"):
-        names["trainer"].compute_loss(model, packed)
