@@ -96,8 +96,7 @@ class PassAtN:
 def verl_advantages(token_level_rewards, response_mask, index, N=8, **_):
     """The same for verl: register_adv_est("pass_at_n")(verl_advantages). Rows of one index are tries at one problem."""
     result = torch.zeros_like(token_level_rewards)
-    for problem in {*index}:
-        tries = torch.as_tensor(index == problem, device=result.device)
+    for tries in (torch.as_tensor(index == problem, device=result.device) for problem in {*index}):
         result[tries] = tries.sum() * advantages(token_level_rewards[None, tries].sum(dim=2), N).T * response_mask[tries]
     return result, result
 
@@ -107,8 +106,8 @@ def show(title, N, tries, tokens, labels, bases, config, rows, data, **settings)
     def log(self, logs, *_):
         if "loss" in logs and self.is_world_process_zero():
             p = answer_log_p(model(tokens).logits, labels).detach().exp()
-            shown = f"pass@1 {p.mean():.3f}, pass@{tries} {pass_at_n(p, tries).mean():.3f}"
-            print(f"{title}: step {self.state.global_step}, {shown}", flush=True)
+            shown = (f"pass@{n} {pass_at_n(p, n).mean():.3f}" for n in (1, tries))
+            print(f"{title}: step {self.state.global_step}", *shown, sep=", ", flush=True)
     torch.set_num_threads(1)  # more are slower
     torch.manual_seed(0)
     sizes = {"vocab_size": 20, "n_positions": 16, "n_embd": 48, "n_layer": 2, "n_head": 4, "initializer_range": 0.05}
@@ -133,12 +132,10 @@ def grpo():  # a question, and of 12 letters the r-th is the right answer 12 // 
     from datasets import Dataset
     from transformers import GPT2Tokenizer
     from trl import GRPOConfig, GRPOTrainer
-    answers = [7 + r for r in range(1, 13) for _ in range(12 // r)]
-    labels = torch.tensor([[-100, answer] for answer in answers])
-    letters = GPT2Tokenizer({chr(64 + i): i for i in range(20)}, [], pad_token="@", eos_token="A")
-    data = {"train_dataset": Dataset.from_dict({"prompt": ["B"] * len(answers), "answer": answers}),
+    labels = torch.tensor([[-100, 7 + r] for r in range(1, 13) for _ in range(12 // r)])
+    data = {"train_dataset": Dataset.from_dict({"prompt": ["B"] * len(labels), "answer": labels[:, 1].tolist()}),
             "reward_funcs": lambda completion_ids, answer, **_: [[y] == x for x, y in zip(completion_ids, answer)],
-            "processing_class": letters}
+            "processing_class": GPT2Tokenizer({chr(64 + i): i for i in range(20)}, [], pad_token="@", eos_token="A")}
     settings = {"max_steps": 80, "learning_rate": 1e-2, "num_generations": 32, "max_completion_length": 1}
     show("plain GRPO", 8, 8, labels.clamp(min=2), labels, (GRPOTrainer,), GRPOConfig, 256, data, **settings)
     settings |= {"scale_rewards": "none", "loss_type": "dr_grpo"}
@@ -147,4 +144,7 @@ def grpo():  # a question, and of 12 letters the r-th is the right answer 12 // 
 
 if __name__ == "__main__":
     recipe = {"sft": sft, "grpo": grpo}.get(" ".join(sys.argv[1:]))
-    recipe() if recipe else fail("usage: python exercises/own_training.py sft (or grpo)")
+    try:
+        recipe() if recipe else fail("usage: python exercises/own_training.py sft (or grpo)")
+    except ImportError as error:
+        fail(f"{error}; pip install transformers accelerate trl")

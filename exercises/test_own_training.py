@@ -384,6 +384,13 @@ def test_two_processes_end_with_the_parameters_of_one(tmp_path, monkeypatch):
         assert max((value - start.get_parameter(name)).abs().max() for name, value in alone.items()) > 1e-3
 
 
+def test_a_missing_package_gets_one_line(tmp_path):
+    (tmp_path / "transformers.py").write_text("raise ImportError('no transformers here')")
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    done = subprocess.run([sys.executable, own.__file__, "sft"], env=environment, cwd=tmp_path, text=True, capture_output=True)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "pip install transformers" in done.stderr
+
+
 @parametrize("recipe, titles", [
     ("sft", ["cross-entropy", "limited, N = 64"]), ("grpo", ["plain GRPO", "weights, N = 8"])])
 def test_the_program_prints_both_curves(recipe, titles, tmp_path, monkeypatch, capsys):
