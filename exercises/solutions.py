@@ -312,7 +312,7 @@ def solution_14(args):
         rows.setdefault(key, []).append(run)
     if not rows:
         fail(f"{args.out} has no runs on MATH; first run python passn.py --task math --math-dir DIR "
-             f"--loss ce limited reward --N 64 --seed 10 --seeds 3 --out {shlex.quote(args.out)}")
+             f"--loss ce limited --N 64 --seed 10 --seeds 3 --out {shlex.quote(args.out)}")
 
     def pass_64(runs, in_best_epoch):  # of each problem, mean over the seeds
         epochs = [pass_at(run, 64)[:, 0].argmax() if in_best_epoch else -1 for run in runs]

@@ -191,8 +191,8 @@ def test_which_answers_win_on_math(folder, capsys):
     save("lm-z", "z", 0, task="math-lm", config={"data": "z"})
     rows = solve("14", folder, capsys)
     assert [*rows] == ["test problems", "math, cross-entropy", "cross-entropy's best epoch", "math, cross-entropy, a",
-                       "minus cross-entropy's best", "± standard error", "math, limited N=64", "math, reward N=64",
-                       "math, z", "math-lm, cross-entropy", "math-lm, z"] and rows["test problems"] == [20, 20]
+                       "minus cross-entropy's best", "± standard error", "math, limited N=64", "math, z",
+                       "math-lm, cross-entropy", "math-lm, z"] and rows["test problems"] == [20, 20]
     assert rows["math, cross-entropy"] == pytest.approx([1 - 0.99**64] * 2, abs=1e-3)
     assert rows["minus cross-entropy's best"] == pytest.approx([(0.95**64 + 0.97**64) / 2 - 0.98**64] * 2, abs=1e-3)
     for wrong in ({"config": {"data": "z"}}, {"size": 19, "task": "math-lm"}):
