@@ -674,7 +674,7 @@ def draw_frontier(panels, path):
         axis.set(title=title, xlabel="tries n", ylabel="pass@n / the best at n", xscale="log", ylim=(0, 1.03))
         axis.set_xticks(COLUMNS, COLUMNS)
         axis.minorticks_off()
-    figure.legend(handles=line.axes.lines[::2], loc="outside lower center", ncols=len(rows))
+    figure.legend(handles=line.axes.lines[::2], loc="outside lower center", ncols=2 * len(panels))
     figure.savefig(path, dpi=110)
     print(f"Figure: {path}")
 
