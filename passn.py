@@ -145,16 +145,17 @@ def log1mexp(x):
     return torch.where(near_zero, by_expm1, by_log1p)
 
 
-# Reinforcement learning with a verifier climbs something else: not the mean of log pass@N, but the mean of pass@N itself. With
-# N = 1 that is the mean of p, the usual reward. Each loss is a weight on d log p, and there are two dials:
+# Reinforcement learning with a verifier climbs something else: not the mean of log pass@N, but the mean of pass@N itself.
+# With N = 1 that is the mean of p, the usual reward. Each loss is a weight on d log p, and there are two dials:
 #
 #                            N = 1                     N = 64
 #     mean of log pass@N     1: cross-entropy          F(N, p): the limited loss
 #     mean of pass@N         p: the usual reward       N p (1 - p)^(N-1), which is pass@N times F
 #
-# The row decides about hard examples. Under the log they pull with full weight, however small their p. Under the mean they pull
-# in proportion to pass@N: next to nothing, the more so with N = 1. That wins where answers can only be guessed, and neglects
-# what could still be learned. The column decides about easy examples. With N = 64 they let go, with N = 1 they never do.
+# The row decides about hard examples. Under the log they pull with full weight, however small their p. Under the mean they
+# pull in proportion to pass@N: next to nothing, the more so with N = 1. That wins where answers can only be guessed, and
+# neglects what could still be learned. The column decides about easy examples. With N = 64 they let go, with N = 1 they
+# never do.
 
 
 def reward_loss(log_p, N):
@@ -518,8 +519,8 @@ def save(run, out, is_finished):
 
 def is_of(job, run):
     """Whether a run has the settings of a job, whatever its seed."""
-    config = {name: value for name, value in run["config"].items() if name != "data"}
-    return job | config == job and job["N"] == run["N"]
+    settings = {"loss": run["loss"], "N": run["N"]} | run["config"]
+    return all(job[name] == value for name, value in settings.items() if name != "data")
 
 
 def pass_at(run, N):

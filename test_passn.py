@@ -1063,6 +1063,7 @@ def test_the_frontier_shows_each_n_beside_the_best_at_any_number_of_tries(tmp_pa
     drawn = []
     monkeypatch.setattr(passn, "draw", lambda *_: None)
     monkeypatch.setattr(passn, "draw_frontier", lambda panels, path: drawn.append([row[0]["label"] for row in panels["multiply"]]))
+    assert main("--loss reward --N 2 --epochs 0".split()) == 0  # which has the same settings, but for the loss
     assert main("--N 1 2 4 --epochs 0".split()) == main("--loss limited --N 2 8 --epochs 0".split()) == 0
     assert drawn == [[f"{loss}, epochs=0" for loss in ("cross-entropy", "limited N=2", "limited N=4")]]  # of its own command
 
