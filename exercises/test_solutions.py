@@ -1,5 +1,6 @@
 """Every solution runs, on tiny settings, and says what its exercise says where that is cheap to check."""
 
+import functools
 import json
 import os
 import re
@@ -138,6 +139,42 @@ def test_how_many_different_proofs(folder, capsys):
     rows = solve("6", folder, capsys)
     assert len(rows) == 9 and rows["search, untrained"][1] > 1
     assert all(different <= right for *_, right, different in rows.values())
+
+
+def test_the_effective_number_is_that_of_all_proofs_one_by_one():
+    torch.manual_seed(3)
+    problems = solutions.toy_tasks.Search(10, num_train=1, num_test=6)
+    model = problems.new_model(passn.GPT, n_embd=16)
+    table, policy = problems.test, solutions.toy_tasks.log_policy(model, problems.test).exp().tolist()
+
+    @functools.cache
+    def proofs(row, depth):  # the probability of each
+        if row < 0 or depth == 0:
+            return [1.0] if row == solutions.toy_tasks.PROVED else []
+        pairs = enumerate(table.subgoals[row].tolist())
+        return [policy[row][tactic] * one * other for tactic, (first, second) in pairs
+                for one in proofs(first, depth - 1) for other in proofs(second, depth - 1)]
+
+    with torch.no_grad():
+        is_right, texts, effective = solutions.tries_at(problems, model)
+    for row, number in zip(table.theorems.tolist(), effective.tolist(), strict=True):
+        p = proofs(row, solutions.toy_tasks.MAX_DEPTH)
+        assert number == pytest.approx(sum(p) ** 2 / sum(one**2 for one in p))
+    assert is_right.shape == (6, 64) and all(len(own) == 64 for own in texts)
+
+
+@pytest.mark.parametrize("share, beta", [(0.0, 0.0), (0.2, 0.0), (0.0, 0.5)])
+def test_smoothing_and_the_penalty_change_the_gradient_alone(share, beta):
+    how = {"smoothing": share, "penalty": beta} if share or beta else {}
+    problems, batch = solutions.Smoothed(0, 20, 10, **how), torch.arange(5)
+    model = problems.new_model(passn.GPT, n_embd=16)
+    (prompts, answers), log_p = (part[:5] for part in problems.train), problems.log_p(model, batch)
+    logits = model(torch.cat([prompts, answers[:, :-1]], dim=1))[:, -answers.shape[1]:]
+    loss = torch.nn.functional.cross_entropy(logits.mT, answers, label_smoothing=share, reduction="sum")
+    loss = loss - beta * torch.distributions.Categorical(logits=logits).entropy().sum()
+    for own, exact in zip(*(torch.autograd.grad(value, [*model.parameters()]) for value in (-log_p.sum(), loss))):
+        torch.testing.assert_close(own, exact, rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(log_p, model.log_p(prompts, answers))
 
 
 def test_the_guesser(folder, capsys):
