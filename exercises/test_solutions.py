@@ -22,22 +22,22 @@ ROOT = Path(passn.__file__).parent
 README = (ROOT / "exercises" / "README.md").read_text(encoding="utf-8")
 NUMBERS = [*solutions.SOLUTIONS]
 BOTH = ["cross-entropy", "limited N=64"]
-RUN = {"loss": "ce", "N": 1, "seed": 0, "label": "", "config": {}, "num_samples": None, "baselines": {}, "tries": []}
+RUN = {"task": "multiply", "loss": "limited", "N": 64, "seed": 10, "label": "limited N=64",
+       "config": {}, "num_samples": None, "baselines": {}, "tries": ["one"]}
 
 
 @pytest.fixture(scope="module", autouse=True)
 def tiny():
     """Every task with a tiny model, few problems and two epochs, all runs in this process."""
     with pytest.MonkeyPatch.context() as patch:
-        small = {"epochs": 2, "evaluations": 2, "n_layer": 1, "n_head": 2, "n_embd": 16}
-        for task in (*passn.TASKS.values(), solutions.Smoothed):
-            patch.setattr(task, "settings", task.settings | small)
-            if task is not passn.TASKS["math"]:
-                patch.setattr(task.__init__, "__defaults__", (0, 6, 20, *task.__init__.__defaults__[3:]))
-        patch.setattr(passn, "TASKS", dict(passn.TASKS))
-        patch.setattr(os, "cpu_count", lambda: 1)
-        patch.setattr(passn, "LOSSES", dict(passn.LOSSES))  # solutions add to it
+        small = {"epochs": 2, "evaluations": 2, "batch_size": 2, "n_layer": 1, "n_head": 2, "n_embd": 16}
+        few = small | {"num_train": 6, "num_test": 20}
+        for task in (*passn.TASKS.values(), solutions.Smoothed, solutions.SampledSearch):
+            patch.setattr(task, "settings", task.settings | (few if "num_train" in task.settings else small))
+        patch.setattr(passn, "TASKS", dict(passn.TASKS))  # solutions add to them
+        patch.setattr(passn, "LOSSES", dict(passn.LOSSES))
         patch.setattr(passn, "draw", lambda *_: None)  # to save time
+        patch.setattr(passn, "save_figure", lambda *_: None)
         yield
 
 
@@ -96,9 +96,10 @@ def test_the_estimator(tmp_path, capsys):
 @pytest.mark.parametrize("number, labels", [
     ("3", [f"{label}{more}" for more in ("", ", epochs=4", ", n_embd=32", ", n_embd=128") for label in BOTH]
      + [f"limited N=64{more}" for more in (", pass_over=0.0", ", eps=1e-08", ", eps=1e-08, pass_over=0.0")]),
-    ("11", [f"cross-entropy{more}" for more in ("", ", weight_decay=0.3", ", weight_decay=1.0", ", weight_decay=3.0", ", n_embd=32",
-                                                ", smoothing=0.01", ", smoothing=0.03", ", smoothing=0.1",
-                                                ", penalty=0.1", ", penalty=0.3", ", penalty=1.0")]
+    ("11", ["cross-entropy"]
+     + [f"cross-entropy, {more}" for more in ("weight_decay=0.3", "weight_decay=1.0", "weight_decay=3.0", "n_embd=32",
+                                              "smoothing=0.01", "smoothing=0.03", "smoothing=0.1",
+                                              "penalty=0.1", "penalty=0.3", "penalty=1.0")]
      + ["limited N=64", "limited N=64, n_embd=32"]),
     ("12", ["cross-entropy", "limited N=8", "limited N=64", "limited N=512", "from1 N=64", "from64 N=64"]),
     ("13", ["cross-entropy", "limited N=64", "reward N=1", "reward N=64", "maxrl N=8", "maxrl N=64", "grpo N=1"])])
@@ -123,16 +124,17 @@ def test_the_four_corners(tmp_path, capsys):
 
 def test_the_frontier(folder, capsys, monkeypatch):
     drawn = {}
-    monkeypatch.setattr(passn, "draw_frontier", lambda panels, path: drawn.update(panels))
     for _ in "123":  # it names three commands, each where its runs are missing
         assert f"{make_needed_runs('5', folder, capsys)}\n" in README
-    drawn.clear()
+    monkeypatch.setattr(passn, "draw", lambda rows, N: rows)
+    monkeypatch.setattr(passn, "save_figure", lambda rows, path: drawn.update({path.name: rows}))
     solutions.main(["5", "--out", str(folder)])
     text = capsys.readouterr().out
-    assert [len(rows) for rows in drawn.values()] == [4, 4, 4] and text.count("minus the others") == 12
-    at_512, other = ([passn.pass_at(run, 512)[-1, 0] for run in row] for row in drawn["search, reward loss"][3:1:-1])
+    assert [*drawn] == ["frontier-1.png", "frontier-2.png", "frontier-3.png"] and text.count("minus the others") == 12
+    assert [[row[0]["N"] for row in rows] for rows in drawn.values()] == [passn.COLUMNS] * 3
+    at_512 = [passn.pass_at(run, 512)[-1, 0] for row in drawn["frontier-3.png"] for run in row]
     assert "N = 8 minus the others at n = 8: " in text
-    assert text.splitlines()[-1].endswith(f"{at_512[0] - other[0]:.3f} ± 0.000")
+    assert text.splitlines()[-1].endswith(f"{at_512[3] - at_512[2]:.3f} ± 0.000")
 
 
 def test_how_many_different_proofs(folder, capsys):
@@ -144,36 +146,36 @@ def test_how_many_different_proofs(folder, capsys):
 def test_the_effective_number_is_that_of_all_proofs_one_by_one():
     torch.manual_seed(3)
     problems = solutions.toy_tasks.Search(10, num_train=1, num_test=6)
-    model = problems.new_model(passn.GPT, n_embd=16)
-    table, policy = problems.test, solutions.toy_tasks.log_policy(model, problems.test).exp().tolist()
+    model = problems.new_model(passn.GPT, 2, 4, 16)
+    table, policy = problems.test, solutions.toy_tasks.log_policy(model, problems.test).exp()
 
     @functools.cache
     def proofs(row, depth):  # the probability of each
         if row < 0 or depth == 0:
             return [1.0] if row == solutions.toy_tasks.PROVED else []
         pairs = enumerate(table.subgoals[row].tolist())
-        return [policy[row][tactic] * one * other for tactic, (first, second) in pairs
+        return [policy[row, tactic].item() * one * other for tactic, (first, second) in pairs
                 for one in proofs(first, depth - 1) for other in proofs(second, depth - 1)]
 
-    with torch.no_grad():
-        is_right, texts, effective = solutions.tries_at(problems, model)
+    tries, effective = solutions.right_tries(problems, model)
     for row, number in zip(table.theorems.tolist(), effective.tolist(), strict=True):
         p = proofs(row, solutions.toy_tasks.MAX_DEPTH)
         assert number == pytest.approx(sum(p) ** 2 / sum(one**2 for one in p))
-    assert is_right.shape == (6, 64) and all(len(own) == 64 for own in texts)
+    expected = 64 * solutions.toy_tasks.proof_p(policy, table).sum().item()
+    assert sum(map(len, tries)) == pytest.approx(expected, abs=4 * expected**0.5)
 
 
 @pytest.mark.parametrize("share, beta", [(0.0, 0.0), (0.2, 0.0), (0.0, 0.5)])
 def test_smoothing_and_the_penalty_change_the_gradient_alone(share, beta):
-    how = {"smoothing": share, "penalty": beta} if share or beta else {}
-    problems, batch = solutions.Smoothed(0, 20, 10, **how), torch.arange(5)
-    model = problems.new_model(passn.GPT, n_embd=16)
+    problems, batch = solutions.Smoothed(0, smoothing=share, penalty=beta), torch.arange(5)
+    model = problems.new_model(passn.GPT, 2, 4, 16)
     (prompts, answers), log_p = (part[:5] for part in problems.train), problems.log_p(model, batch)
-    logits = model(torch.cat([prompts, answers[:, :-1]], dim=1))[:, -answers.shape[1]:]
+    texts = torch.cat([prompts, answers[:, :-1]], dim=1)
+    logits = model(texts)[:, -answers.shape[1]:]
     loss = torch.nn.functional.cross_entropy(logits.mT, answers, label_smoothing=share, reduction="sum")
     loss = loss - beta * torch.distributions.Categorical(logits=logits).entropy().sum()
-    for own, exact in zip(*(torch.autograd.grad(value, [*model.parameters()]) for value in (-log_p.sum(), loss))):
-        torch.testing.assert_close(own, exact, rtol=1e-3, atol=1e-5)
+    gradients = [torch.autograd.grad(value, [*model.parameters()]) for value in (-log_p.sum(), loss)]
+    torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-5)
     torch.testing.assert_close(log_p, model.log_p(prompts, answers))
 
 
@@ -189,7 +191,7 @@ def test_which_n_for_which_theorem(folder, capsys):
     rows = solve("8", folder, capsys)
     assert [*rows] == [*BOTH, "limited N=4, per_step=True", "ensemble of them all", "blind search"]
     solved = [solutions.toy_tasks.solve(theorem) for theorem in solutions.toy_tasks.draw_theorems(10, 6, 20)[1]]
-    short = [1 - (1 - blind) ** 64 for length, _, blind in solved if length < 7]
+    short = [1 - (1 - blind) ** 64 for proof, blind in solved if len(proof) < 7]
     assert rows["blind search"][0] == pytest.approx(sum(short) / len(short), abs=1e-3)
     *members, ensemble, _ = rows.values()
     for value, *of_members in zip(ensemble, *members, strict=True):
@@ -198,16 +200,32 @@ def test_which_n_for_which_theorem(folder, capsys):
 
 def test_how_many_attempts(folder, capsys):
     rows = solve("9", folder, capsys)
-    cosines = [cosine for cosine, _ in rows.values()]
-    assert [*rows] == ["64 attempts", "256 attempts", "1024 attempts"]
-    assert cosines == sorted(cosines) and cosines[-1] > 0.95 and all(of_mean > one for one, of_mean in rows.values())
+    runs = ["reward N=1", "sampled N=1", "reward N=64", "sampled N=64"]
+    assert [*rows] == ["64 attempts", "256 attempts", "1024 attempts", *runs]
+    cosines = [rows[f"{number} attempts"] for number in (64, 256, 1024)]
+    assert cosines == sorted(cosines) and cosines[-1][0] > 0.95 and all(of_mean > one for one, of_mean in cosines)
+    run = json.loads((folder / "sampled-search-sampled-N=64-seed10.json").read_text())
+    exact = json.loads((folder / "search-reward-N=64-seed10.json").read_text())
+    assert run["history"][0]["p"] == exact["history"][0]["p"]  # exact, as measured
+    assert run["history"][-1]["p"] != run["history"][0]["p"] and run["baselines"] == exact["baselines"]
+
+
+def test_sampled_attempts_succeed_with_probability_p():
+    problems, theorems = solutions.SampledSearch(10, num_tries=4000), torch.arange(6)
+    torch.manual_seed(0)
+    model = problems.new_model(passn.GPT, 2, 4, 16)
+    with torch.no_grad():
+        log_p, (is_right, log_pi) = problems.log_p(model, theorems), problems.sample_tries(model, theorems)
+    assert is_right.double().mean(dim=1).tolist() == pytest.approx(log_p.exp().tolist(), abs=0.015)
+    distinct = [log_pi[i, is_right[i]].unique().exp().sum().item() for i in theorems]  # each proof once
+    assert distinct == pytest.approx(log_p.exp().tolist(), abs=0.015)
 
 
 def test_the_scale_of_the_factors(folder, capsys):
     rows = solve("10", folder, capsys)
     half = {name: values[1] for name, values in rows.items() if len(values) == 2}
-    for name, at in (("limited", 1.27), ("focal160", 1.32), ("stop1", 1), ("stop2", 2), ("stop4", 4)):
-        assert half[name] == pytest.approx(at / 64, abs=1e-3)
+    for name, u in {"limited": 1.27, "focal160": 1.32, "stop1": 1, "stop2": 2, "stop4": 4}.items():
+        assert half[name] == pytest.approx(u / 64, abs=1e-3)
     assert 2 / 64 < half["focal64"] < 4 / 64 < 8 / 64 < half["focal8"]
     assert {"limited N=64, pass_over=0.0", *(f"{name} N=64" for name in half)} < {*rows} and len(half) == 7
 
@@ -221,46 +239,40 @@ def test_which_answers_win_on_math(folder, capsys):
         (folder / f"math-{name}.json").write_text(json.dumps(real | {"label": label, "history": history} | changes))
 
     save("cross-entropy-seed10", "cross-entropy", 0.05, 0.01)
-    save("cross-entropy-seed11", "cross-entropy", 0.01, 0.03, 0.01)
-    save("cross-entropy-a", "cross-entropy, a", 0)  # comes first, by its file name
-    save("z", "z", 0.02)  # its difference comes last
-    save("lm-a", "cross-entropy", 0, task="math-lm", config={"data": "a"})
-    save("lm-z", "z", 0, task="math-lm", config={"data": "z"})
+    save("cross-entropy-seed11", "cross-entropy", 0.01, 0.03, 0.01, seed=11)
+    save("cross-entropy-a", "cross-entropy, a", 0, config={"a": 1})  # comes first, by its settings
+    save("z", "z", 0.02, loss="z")  # its difference comes last
+    save("lm-z", "lm z", 0, task="math-lm", loss="z")
     rows = solve("14", folder, capsys)
-    assert [*rows] == ["test problems", "math, cross-entropy", "cross-entropy's best epoch", "math, cross-entropy, a",
-                       "minus cross-entropy's best", "± standard error", "math, limited N=64", "math, z",
-                       "math-lm, cross-entropy", "math-lm, z"] and rows["test problems"] == [20, 20]
+    assert [*rows] == ["test problems", "math, cross-entropy, a", "math, cross-entropy", "cross-entropy's best epoch",
+                       "math, limited N=64", "minus cross-entropy's best", "± standard error",
+                       "math, z", "math-lm, lm z"]
+    assert rows["test problems"] == [20, 20]
     assert rows["math, cross-entropy"] == pytest.approx([1 - 0.99**64] * 2, abs=1e-3)
     assert rows["minus cross-entropy's best"] == pytest.approx([(0.95**64 + 0.97**64) / 2 - 0.98**64] * 2, abs=1e-3)
-    for wrong in ({"config": {"data": "z"}}, {"size": 19, "task": "math-lm"}):
-        save("other", "other", 0, **wrong)
-        assert "math-other.json has other problems" in refused("14", folder, capsys, "--math-dir", str(folder))
+    save("lm-other", "other", 0, size=19, task="math-lm")
+    assert "other on math-lm with other problems" in refused("14", folder, capsys, "--math-dir", str(folder))
 
 
-def test_bad_arguments_and_damaged_runs_get_one_line(folder, tmp_path, capsys):
+def test_bad_arguments_and_damaged_runs_are_named(tmp_path, capsys):
     for exercise in ("999", "word", "", "0", "-1", "1.0"):
         assert "python exercises/solutions.py 3" in refused(exercise, tmp_path, capsys)
     assert "--o" in refused("1", tmp_path, capsys, "--o", "x") and "2" in refused("1 2", tmp_path, capsys)
     assert "no MATH problems" in refused("7", tmp_path, capsys, "--math-dir", str(tmp_path))
-    runs = (json.dumps(RUN | {"history": history}) for history in (None, [], [{"p": [[2]]}]))
-    for content in ("{", "{}", "[]", "null", "[" * 100_000, *runs):
-        for number, name in (("2", "multiply-limited-N=64-seed10"), ("14", "math-limited-N=64-seed0")):
-            (tmp_path / f"{name}.json").write_text(content)
-            assert f"{name}.json is no run" in refused(number, tmp_path, capsys, "--math-dir", str(folder))
+    name = "multiply-limited-N=64-seed10.json"
+    for content in ("{", "{}", "[]", "null", json.dumps(RUN | {"history": []})):
+        (tmp_path / name).write_text(content)
+        with pytest.raises(SystemExit):
+            solutions.main(["2", "--out", str(tmp_path)])
+        left_out, missing = capsys.readouterr().err.splitlines()
+        assert name in left_out and "first run python passn.py --loss limited --seed 10" in missing
 
 
-def test_ctrl_c_gets_one_line_and_a_closed_pipe_none(monkeypatch, capsys):
+def test_ctrl_c_gets_one_line(monkeypatch, capsys):
     monkeypatch.setitem(solutions.SOLUTIONS, "1", Mock(side_effect=KeyboardInterrupt))
     with pytest.raises(SystemExit) as stop:
         solutions.main(["1"])
     assert stop.value.code == 130 and capsys.readouterr().err.strip().count("\n") == 0
-    reader, writer = os.pipe()
-    os.close(reader)
-    with open(writer, "w") as closed:
-        monkeypatch.setattr(sys, "stdout", closed)
-        monkeypatch.setitem(solutions.SOLUTIONS, "1", lambda _: print("a table" * 10_000))
-        solutions.main(["1"])
-    assert capsys.readouterr().err == ""
 
 
 def test_as_a_program_it_exits_with_2_and_names_the_command_for_missing_runs(tmp_path, monkeypatch, capsys):
