@@ -3,11 +3,13 @@
     python exercises/language_model.py MODEL --math-dir DIR [flags of passn.py]
 
 MODEL is a name on the Hugging Face hub, a folder or a .gguf file. Its top --n-layer layers are trained, on the answer's
-tokens alone: the model as it came reads each question once. A process takes 4 GB for 135 million parameters.
+tokens alone: the model as it came reads each question once. A process takes 4 GB for 135 million parameters; there are
+as many as cores. Give each model an --out of its own: a run does not name its model.
 This is the example of how to add a task to passn.py from outside: a class like those of toy_tasks.py, in `TASKS`.
 """
 
 import copy
+import os
 import sys
 from functools import cache
 from pathlib import Path
@@ -19,7 +21,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # the folder of passn.py
 import passn
-from toy_tasks import TASKS, MathQuestions, choose, digest, require
+from toy_tasks import TASKS, MathQuestions, choose, require
 
 NO_TOKEN = -100  # padding, which cross_entropy ignores: a pretrained model's token 0 may be a word
 
@@ -27,22 +29,24 @@ NO_TOKEN = -100  # padding, which cross_entropy ignores: a pretrained model's to
 class LanguageModel(MathQuestions):
     """Problems are numbers here. The text of one, a tuple of tokens, is its prompt and the first A - 1 tokens of its
     answer: its last A tokens are what the answer's are predicted from. Answers, (P, A), are padded at the end."""
-    settings = {"epochs": 8, "evaluations": 4, "batch_size": 32, "learning_rate": 2e-4, "pass_over": 0.0, "n_layer": 10}
-    about = MathQuestions.about | {"model": "a name on the Hugging Face hub, a folder or a .gguf file"}
-    only_for = {"n_head": [], "n_embd": []}  # the pretrained model has its own
+    settings = {
+        "epochs": 8, "evaluations": 4, "batch_size": 32, "learning_rate": 2e-4, "pass_over": 0.0, "n_layer": 10,
+        "math_dir": "",  # the folder of the MATH dataset; without it, the datasets package fetches it
+        "model": "",  # a name on the Hugging Face hub, a folder or a .gguf file
+    }
+    only_for = MathQuestions.only_for | {"n_head": [], "n_embd": []}  # the pretrained model has its own
 
-    def __init__(self, seed=0, math_dir="", model=""):
-        problems = self.read(math_dir)
+    def __init__(self, seed=0, **config):
+        own = self.own(config)
+        self.problems = problems = self.read(own.math_dir)
         questions, answers = zip(*problems["train"], *problems["test"])
         try:
-            self.original, self.tokenizer = load(model)
+            self.original, self.tokenizer = load(own.model)
             prompts = self.tokenizer([f"{question}\nAnswer:" for question in questions])["input_ids"]
             answers = self.tokenizer([f" {answer}" for answer in answers], add_special_tokens=False)["input_ids"]
-            weights = [weight.view(torch.int32).sum().item() for weight in self.original.parameters()]
         except Exception as error:  # no package, no such name, no network, another architecture: errors of many kinds
             needs = "pip install transformers accelerate gguf; a model like Llama, by hub name, folder or .gguf file"
-            raise ValueError(f"model {model}: {error!r:.200} (needed: {needs})") from None
-        self.data = f"{Path(model).resolve().name}-{digest([self.data, weights, str(self.original.config)])}"
+            raise ValueError(f"model {own.model}: {error!r:.200} (needed: {needs})") from None
         self.end = self.tokenizer.eos_token_id  # some tokenizers put it behind every text, but a prompt goes on
         prompts = [prompt[:-1] if prompt[-1] == self.end else prompt for prompt in prompts]
         self.answers = pad_sequence([torch.tensor([*answer, self.end]) for answer in answers], True, NO_TOKEN)
@@ -51,11 +55,7 @@ class LanguageModel(MathQuestions):
         self.size, self.A = len(problems["train"]), self.answers.shape[1]
         self.test = torch.arange(self.size, len(self.texts))
 
-    def to(self, device):
-        self.original.to(device)
-        return self
-
-    def new_model(self, GPT, n_layer, **_):
+    def new_model(self, GPT, n_layer, *_):
         """The top layers and the frozen head. Raises ValueError where they give other logits than the whole model."""
         model = copy.deepcopy(self.original)
         model.model.layers = model.model.layers[-n_layer:].requires_grad_(True)
@@ -70,6 +70,7 @@ class LanguageModel(MathQuestions):
         return model
 
     def refresh(self, model, epoch):
+        self.original.to(model.device)
         self.encoded(range(len(self.texts)), self.num_top)
 
     def encoded(self, problems, num_top, dtype=torch.bfloat16):
@@ -105,7 +106,7 @@ class LanguageModel(MathQuestions):
             logits, answers = method(model, some)
             losses = [cross_entropy((logits / T).mT, answers, reduction="none").sum(dim=1) for T in temperatures]
             parts.append(torch.stack(losses))
-        return -torch.cat(parts, dim=1)
+        return -torch.cat(parts, dim=1).cpu()
 
     def log_p(self, model, batch):
         return self.log_ps(self.right_answers, model, batch)[0]
@@ -167,4 +168,5 @@ TASKS["math-lm"] = LanguageModel  # here, since worker processes import this fil
 if __name__ == "__main__":
     if len(sys.argv) == 1 or sys.argv[1].startswith("-"):
         passn.fail("usage: python exercises/language_model.py MODEL --math-dir DIR [flags of passn.py]")
-    sys.exit(passn.main(["--task", "math-lm", "--model", *sys.argv[1:]]))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    sys.exit(passn.main(["--task", "math-lm", "--model", *sys.argv[1:]], workers=cores))

@@ -37,7 +37,7 @@ def registered(monkeypatch):
     own = {"epochs": 30, "evaluations": 1, "batch_size": 2, "learning_rate": 1e-2, "n_layer": 2}
     monkeypatch.setitem(TASKS, "math-lm", LanguageModel)
     monkeypatch.setattr(LanguageModel, "settings", LanguageModel.settings | own)
-    monkeypatch.setattr(os, "cpu_count", lambda: 1)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0}, raising=False)
 
 
 def save_model(folder, name="Llama", end="<end>", seed=0, template=None, **changes):
@@ -81,12 +81,13 @@ def math_dir(tmp_path):
 
 
 def set_up(math_dir, model):
-    task = LanguageModel(0, math_dir, model).to("cpu")
-    return task, task.new_model(passn.GPT, n_layer=2, n_head=4, n_embd=64)
+    task = LanguageModel(math_dir=math_dir, model=model)
+    return task, task.new_model(passn.GPT, 2, 4, 64)
 
 
 def prompt_and_answer(task, i):
-    return [*task.texts[i][:1 - task.A]], task.answers[i][task.answers[i] != NO_TOKEN].tolist()
+    answer = task.answers[i]
+    return [*task.texts[i][:1 - task.A]], answer[answer != NO_TOKEN].tolist()
 
 
 @torch.no_grad()
@@ -105,13 +106,12 @@ def whole(task, model):
 
 
 def test_the_problems_are_those_of_math_in_the_models_own_tokens(llama, math_dir):
-    task, small = LanguageModel(0, math_dir, llama), TASKS["math"](0, math_dir)
+    task, small = LanguageModel(math_dir=math_dir, model=llama), TASKS["math"](math_dir=math_dir)
     told = {task.tokenizer.decode(prompt): answer for prompt, answer in (prompt_and_answer(task, i) for i in range(6))}
     assert told["Unheard of: 2+3?\nAnswer:"] == task.tokenizer(" 5")["input_ids"] + [96]
     assert told["What is $-3-4$, do you think?\nAnswer:"] == task.tokenizer(" -7")["input_ids"] + [96]
     assert len(told) == 6 and task.size == 3 and task.answers.shape == (6, 5)
-    assert (task.frequencies, task.test_answers) == (small.frequencies, small.test_answers)
-    assert passn.guessers(task, 8) == passn.guessers(small, 8)
+    assert task.baselines(passn.optimal_policy) == small.baselines(passn.optimal_policy)
 
 
 @pytest.mark.parametrize("template, begin", [("$A <end>", []), ("~ $A <end>", [93]), ("~ $A", [93])])
@@ -119,7 +119,8 @@ def test_prompts_have_no_end_token(template, begin, llama, math_dir, tmp_path):
     """Some tokenizers put it after every text. p of the right answer is that of the text without it."""
     plain, (task, model) = set_up(math_dir, llama)[0], set_up(math_dir, save_model(tmp_path / "m", template=template))
     assert torch.equal(task.answers, plain.answers) and task.texts == [(*begin, *text) for text in plain.texts]
-    assert task.log_p(model, torch.arange(6)).tolist() == approx([read_at_once(task, i) for i in range(6)], rel=5e-3)
+    log_p = task.log_p(model, torch.arange(6)).tolist()
+    assert log_p == approx([read_at_once(task, i) for i in range(6)], rel=5e-3)
 
 
 @torch.no_grad()
@@ -146,7 +147,8 @@ def test_p_and_confidence_are_those_of_sampling_the_whole_model(llama, math_dir)
             sampled = torch.cat([sampled, next_logits(prompt, sampled).softmax(dim=1).multinomial(1)], dim=1)
         right = (sampled == torch.tensor(answer)).all(dim=1).double().mean().item()
         assert 0.1 < math.exp(log_p[i]) < 0.95 and right == approx(math.exp(log_p[i]), abs=0.04)
-        logits = torch.cat([next_logits(prompt, torch.tensor([answer[:t]]).long()) for t in range(len(answer))])
+        begun = [torch.tensor([answer[:t]], dtype=torch.long) for t in range(len(answer))]
+        logits = torch.cat([next_logits(prompt, tokens) for tokens in begun])
         assert tempered[i] == approx(-cross_entropy(logits / 2, torch.tensor(answer), reduction="sum").item(), abs=0.05)
     prompt, best, log_best = prompt_and_answer(task, 3)[0], torch.empty(1, 0, dtype=torch.long), 0.0
     while best.shape[1] < 5 and 96 not in best:
@@ -155,9 +157,11 @@ def test_p_and_confidence_are_those_of_sampling_the_whole_model(llama, math_dir)
     p, confidence = task.measure(model)
     assert len(confidence) == 1 and math.log(confidence[0]) == approx(log_best, abs=0.05)  # of every fifth
     assert p.shape == (6, 3) and task.temperatures[4] == 2
-    assert p[[0, 4]].log().flatten().tolist() == approx(log_p[3:] + tempered[3:], abs=1e-4)
+    for T, values in ((0, log_p), (4, tempered)):
+        assert p[T].log().tolist() == approx(values[3:], abs=1e-4)
     record = run["history"][-1]
-    assert record["p"][4] == approx(p[4].tolist(), rel=1e-5) and record["confidence"] == approx(confidence[0])
+    assert record["p"][4] == approx(p[4].tolist(), rel=1e-5)
+    assert record["confidence"] == approx(confidence.item())
     assert record["train_p"] == approx(sum(map(math.exp, log_p[:3])) / 3)
 
 
@@ -196,12 +200,13 @@ def test_questions_are_read_once_and_kept_in_bfloat16(llama, math_dir):
 
 def test_only_the_top_layers_are_trained(llama, math_dir):
     before = copy.deepcopy(load(llama)[0].state_dict())
-    (run, model), (again, _) = (passn.train("math-lm", "ce", epochs=2, math_dir=math_dir, model=llama) for _ in "ab")
+    changes = {"epochs": 2, "math_dir": math_dir, "model": llama}
+    (run, model), (again, _) = (passn.train("math-lm", "ce", **changes) for _ in "ab")
     for record in run["history"] + again["history"]:
         record["seconds"] = 0
     assert run == again  # the second begins with the same weights as the first
     assert all(torch.equal(value, before[name]) for name, value in load(llama)[0].state_dict().items())
-    after = whole(LanguageModel(0, math_dir, llama), model).state_dict()
+    after = whole(LanguageModel(math_dir=math_dir, model=llama), model).state_dict()
     changed = {name for name, value in after.items() if not torch.equal(value, before[name])}
     assert changed == {name for name in before if name.startswith(("model.layers.1.", "model.layers.2."))}
     assert len(model.model.layers) == 2
@@ -223,10 +228,13 @@ def test_other_models_are_right_too(name, changes, math_dir, tmp_path):
 
 def refused(model, math_dir, capsys, *flags):
     """The one line on standard error, after checking that it is one and that the exit status is 2."""
-    with pytest.raises(SystemExit) as stop:
-        passn.main(["--task", "math-lm", "--model", model, "--math-dir", math_dir, "--out", f"{math_dir}/out", *flags])
+    options = ["--model", model, "--math-dir", math_dir, "--out", f"{math_dir}/out", "--loss", "ce", *flags]
+    try:
+        code = passn.main(["--task", "math-lm", *options])
+    except SystemExit as stop:
+        code = stop.code
     said = capsys.readouterr()
-    assert stop.value.code == 2 and said.out == "" and said.err.count("\n") == 1
+    assert code == 2 and said.out == "" and said.err.count("\n") == 1
     return said.err
 
 
@@ -270,31 +278,19 @@ def test_main_trains_saves_and_shows(llama, math_dir, capsys):
     assert (out / "math-lm.png").is_file() and len([*out.glob("math-lm-*.json")]) == 2
     assert "cross-entropy" in said and "guess best for 64 tries" in said and "Unheard of: 2+3? Answer: 5\n" in said
     run = json.loads((out / "math-lm-limited-N=64-epochs=1-seed0.json").read_text())
-    assert run["config"]["data"].startswith(Path(llama).name) and len(run["baselines"]) == 3
+    assert len(run["baselines"]) == 2
     assert [len(p) for p in run["history"][-1]["p"]] == [3] * 6
     for problem, right, tries in run["tries"]:
         assert right == tries.count(problem.split("Answer:")[1]) and len(tries) == 64 and len({*tries}) > 1
-
-
-def test_runs_of_two_models_or_data_sets_are_never_mixed(llama, math_dir, tmp_path):
-    same_name = save_model(tmp_path / "elsewhere" / Path(llama).name, seed=1)
-    same_weights = save_model(tmp_path / "again" / Path(llama).name, rope_theta=5e5)
-    data = [LanguageModel(0, math_dir, model).data for model in (llama, same_name, same_weights)]
-    passn.train("math-lm", "ce", out=tmp_path / "out", epochs=0, math_dir=math_dir, model=llama)
-    (tmp_path / "test.jsonl").write_text(line("What is $6-1$?", 5))
-    data.append(LanguageModel(0, math_dir, llama).data)
-    assert len({*data}) == 4 and all(name.startswith(Path(llama).name) for name in data)
-    for model in (same_name, llama):
-        with pytest.raises(ValueError, match="other settings or data"):
-            passn.train("math-lm", "ce", out=tmp_path / "out", epochs=0, math_dir=math_dir, model=model)
 
 
 def test_worker_processes_know_the_new_task(llama, math_dir, tmp_path, monkeypatch):
     """What they do: import the program under another name, and then run a job."""
     monkeypatch.delitem(TASKS, "math-lm")
     runpy.run_path(language_model.__file__, run_name="__mp_main__")
-    assert passn.run_job({"task": "math-lm", "math_dir": math_dir, "model": llama, "epochs": 0, "out": tmp_path})
-    assert (tmp_path / "math-lm-limited-N=64-epochs=0-seed0.json").is_file()
+    job = {"task": "math-lm", "loss": "ce", "N": 1, "seed": 0, "math_dir": math_dir, "model": llama}
+    assert passn.run_job(job | {"epochs": 1, "batch_size": 3, "out": tmp_path})
+    assert len([*tmp_path.glob("math-lm-*.json")]) == 1
 
 
 def test_as_a_program_it_wants_a_model_and_runs_from_any_folder(llama, math_dir, monkeypatch, capsys):
@@ -308,5 +304,5 @@ def test_as_a_program_it_wants_a_model_and_runs_from_any_folder(llama, math_dir,
         code, said = run(*arguments)
         assert code == 2 and "MODEL --math-dir DIR" in said.err and said.err.count("\n") == 1
     monkeypatch.chdir(math_dir)
-    code, said = run(llama, "--math-dir", ".", "--out", "x", "--loss", "ce", "--epochs", "0")
+    code, said = run(llama, "--math-dir", ".", "--out", "x", "--loss", "ce", "--epochs", "1", "--batch-size", "3")
     assert code == 0 and "64 tries" in said.out and len([*Path("x").glob("math-lm-*.json")]) == 1
