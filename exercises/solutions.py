@@ -203,7 +203,7 @@ def solution_7(args):
     policies = {"by frequency": lambda f, N: f, "as the limited loss tends": limited_policy, "optimal": optimal_policy}
     for name, policy in policies.items():
         line(name, *(pass_at_n(policy(f, N)[right], N).mean() for N in COLUMNS))
-    kept = (np.count_nonzero(optimal_policy(f, N)) for N in COLUMNS)
+    kept = (np.count_nonzero(optimal_policy(f, N) > 1e-6) for N in COLUMNS)
     line(f"of {len(f) - 1} answers, optimal keeps", *map(str, kept))
 
 
