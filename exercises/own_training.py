@@ -1,30 +1,52 @@
 """The limited loss and the weights for pass@N in your own training. Copy what you need, with passn.py and toy_tasks.py.
 
-    python exercises/own_training.py sft     # see it work: a tiny model, by cross-entropy and by LimitedLoss
-    python exercises/own_training.py grpo    # by plain GRPO and by PassAtN; torchrun and accelerate launch do, too"""
+    python exercises/own_training.py sft     # see it work: a tiny model, with N = 1 (cross-entropy) and N = 64
+    python exercises/own_training.py grpo    # the same with N = 1 (the usual reward) and N = 8
+
+SUPERVISED: class LimitedTrainer(LimitedLoss, SFTTrainer): N = 64, the number of tries in the test; or before Trainer.
+A row is a prompt and one answer, labelled -100 at all but the answer's tokens: TRL makes such rows of prompt and completion
+(text or chat), and by assistant_only_loss. A try begins where the labels do, and stops at its first end token. Labels
+behind that do not count: most chat templates label a newline there. An answer without one is refused; with end_tokens =
+() all labels count, and a cut answer goes unnoticed. Heed TRL's warning that a prompt is no prefix of its row: `generate`
+begins elsewhere then. The mean of F is logged. If it stays near 1, this is cross-entropy, as for long answers: at p =
+e^-100, F is 1. For them let p be the chance that a try ends right, estimated from samples (the task `cot`), or use
+rewards, or do as the paper's code does: cross-entropy on problems of which less than a tenth of 64 samples are right.
+Adam's epsilon is 1e-8 in `sft` and `grpo`, and 1e-3 in the README's runs, the pretrained model's too. The checks of
+dco_loss read values, so torch.compile breaks its graph there and torch.func.vmap fails.
+
+REINFORCEMENT: class PassAtNTrainer(PassAtN, GRPOTrainer): N = 8, at most the number n of tries at a problem, better well
+below: with N = n only a try that alone is right pulls. The weights are `sloo_minus_one` of PKPO (arXiv 2505.15201): its
+basic weights minus N/n times the leave-one-out pass@(N - 1). TRL subtracts the group's mean, too, which multiplies the
+expected gradient by 1 - 1/n + (N - 1) p / ((1 - p) n). In verl, a module that VERL_USE_EXTERNAL_MODULES names calls
+register_adv_est("pass_at_n")(verl_advantages); set loss_agg_mode=seq-mean-token-sum.
+To measure: estimate_pass_at_n, from N or more samples. p is that of temperature=1, top_k=0, top_p=1."""
 
 import os
 import sys
+from functools import partial
 
 import torch
 from torch.nn.functional import cross_entropy, pad
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # the folder of passn.py
 from passn import dco_loss, estimate_pass_at_n, fail, overconfidence_factor, pass_at_n, pass_at_n_weights
-from toy_tasks import Multiply, require
+from toy_tasks import TASKS, require
 
 
-def answer_log_p(logits, labels, is_text=None, max_length=None):
-    """log p of each row's answer, (B,), from logits (B, ≥ T, vocab_size), labels (B, T), -100 at all but the answer's
-    tokens, and the attention mask (B, T). Raises ValueError where a row is not a prompt and then one whole answer."""
+def answer_log_p(logits, labels, end_tokens, is_text=None):
+    """log p of each row's answer, (B,), up to the first of its end tokens: a number, or several; () counts all labels.
+    logits: (B, T or more, V); labels: (B, T), -100 at all but the answer's tokens; is_text: the attention mask."""
+    require(end_tokens is not None, "neither model nor tokenizer has an end token: set end_tokens")
     is_answer = labels != -100
     is_text = torch.ones_like(is_answer) if is_text is None else is_text.bool()
     starts = is_answer & ~pad(is_answer, (1, -1))
-    require(is_answer.any(dim=1).all(), "a row has no answer: all its labels are -100")
     require((is_text & (is_text.cumsum(dim=1) > 1) | ~is_answer).all(), "a prompt or padding is not labelled -100")
-    require((starts.sum(dim=1) == 1).all(), "a row has several answers, or one with a hole: unpack; a turn a row")
-    require((is_text.sum(dim=1) < (max_length or torch.inf)).all(),
-            "a row fills max_length; if it is cut, p is a prefix's: drop such rows, or raise max_length")
+    require((starts.sum(dim=1) == 1).all(), "a row has no answer, several, or one with a hole: unpack; a turn a row")
+    if end_tokens != ():
+        is_end = torch.isin(labels, torch.tensor(end_tokens, device=labels.device)).int()
+        require(is_end.any(dim=1).all(), f"an answer has no end token, of {end_tokens}: is it cut, is pad = eos, has "
+                                         "the chat template another? With end_tokens = () all labels count")
+        is_answer &= is_end.cumsum(dim=1) - is_end == 0
     row, place = is_answer.nonzero(as_tuple=True)
     logits = logits[:, -labels.shape[1]:][row, place - 1].float()  # from the end: virtual tokens may stand in front
     losses = cross_entropy(logits, labels[row, place], reduction="none")
@@ -34,47 +56,66 @@ def answer_log_p(logits, labels, is_text=None, max_length=None):
 class LimitedLoss:
     """In front of a trainer of decoder-only models: class LimitedTrainer(LimitedLoss, Trainer), or SFTTrainer."""
     N = 64
-    pass_over = 0.1  # an answer with a smaller F counts as 0
+    pass_over = 0.1    # an answer with a smaller F counts as 0
+    end_tokens = None  # those of the model's generation configuration, else of the tokenizer
+
+    def __init__(self, *args, **options):
+        super().__init__(*args, **options)
+        others = self.args.label_smoothing_factor, self.compute_loss_func, getattr(self.args, "loss_type", "") == "dft"
+        require(not any(others), 'this is a loss of its own: no label_smoothing_factor, compute_loss_func or "dft"')
+        if getattr(self.args, "assistant_only_loss", False):
+            self.check_template()
+        self.model_accepts_loss_kwargs = False  # so that Trainer divides by the number of batches in a step
+        self.factors = []
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         outputs = model(**inputs | {"labels": None})
-        max_length = getattr(self.args, "max_length", None)  # SFTTrainer cuts there
-        log_p = answer_log_p(outputs.logits, inputs["labels"], inputs.get("attention_mask"), max_length)
+        sources = getattr(self.model, "generation_config", None), self.processing_class
+        ends = [self.end_tokens] + [getattr(source, "eos_token_id", None) for source in sources]
+        ends = next((tokens for tokens in ends if tokens is not None), None)
+        log_p = answer_log_p(outputs.logits, inputs["labels"], ends, inputs.get("attention_mask"))
         factor = overconfidence_factor(log_p.detach(), self.N)
         losses = dco_loss(log_p, self.N) * (factor >= self.pass_over)
         loss = losses.sum() / (len(losses) if num_items_in_batch is None else num_items_in_batch)
         self.factors += [factor.mean()] * model.training
         return (loss, outputs) if return_outputs else loss
 
-    def __init__(self, *args, **options):
-        super().__init__(*args, **options)
-        require(self.args.label_smoothing_factor == 0, "set label_smoothing_factor to 0: it is no part of this loss")
-        self.model_accepts_loss_kwargs = False  # so that Trainer divides by the number of batches in a step
-        self.factors = []
+    def check_template(self):
+        """Raises ValueError where a chat template has the assistant's labels begin elsewhere than `generate` does."""
+        turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]
+        render = partial(self.processing_class.apply_chat_template, chat_template=self.chat_template, return_dict=True)
+        row, prompt = render(turns, return_assistant_tokens_mask=True), render(turns[:1], add_generation_prompt=True)
+        before = row["input_ids"][:row["assistant_masks"].index(1)]
+        require(before == prompt["input_ids"], "assistant_only_loss labels begin elsewhere than `generate` does, with this "
+                                               "chat template: give prompt and completion instead")
 
     def get_batch_samples(self, *args):  # the batches of a step, and their mean number of rows: the last may have fewer
         batches, _ = super().get_batch_samples(*args)
         rows = torch.tensor([float(len(batch["labels"])) for batch in batches], device=self.args.device)
         return batches, self.accelerator.gather(rows).mean()
 
-    def log(self, logs, *args):
-        if "loss" in logs:
+    def log(self, logs, *args, **options):
+        if "loss" in logs and self.factors:
             logs["F"] = self.accelerator.gather(torch.stack(self.factors)).mean().item()
             self.factors = []
-        super().log(logs, *args)
+        super().log(logs, *args, **options)
 
 
 def advantages(rewards, N):
     """Weights of tries in the gradient of pass@N, to sum over tries. rewards: (problems, tries), 0 or 1."""
-    n = rewards.shape[1]
-    require(((rewards == 0) | (rewards == 1)).all(), "rewards are 0 or 1: pass@N asks whether a try is right")
-    require(N <= n, f"N = {N}, but {n} tries: N is at most the number of tries; well below it is better")
-    return pass_at_n_weights(n, rewards.sum(dim=1), N)[:, None].float().to(rewards.device) * rewards
+    require(((rewards == 0) | (rewards == 1)).all(), "rewards are 0 or 1 (not None) for every try: is it right?")
+    return pass_at_n_weights(rewards.shape[1], rewards.sum(dim=1), N)[:, None].float().to(rewards.device) * rewards
 
 
 class PassAtN:
     """In front of TRL's trainer: class PassAtNTrainer(PassAtN, GRPOTrainer). Reward functions count one by one."""
     N = 8
+
+    def __init__(self, *args, **options):
+        super().__init__(*args, **options)
+        is_scaled = self.scale_rewards != "none" or self.multi_objective_aggregation != "sum_then_normalize"
+        require(not is_scaled, 'set scale_rewards="none": dividing by the standard deviation cancels the weights')
+        require(self.loss_type == "dr_grpo", 'set loss_type="dr_grpo": the others divide by numbers of tokens')
 
     def _calculate_rewards(self, *args):
         rewards = super()._calculate_rewards(*args)  # (tries, functions), of all processes, group after group
@@ -86,65 +127,49 @@ class PassAtN:
             self._metrics["train"][f"pass@{k}"].append(estimate_pass_at_n(n, groups.sum(dim=1), k).mean().item())
         return weighted.reshape(rewards.T.shape).T
 
-    def __init__(self, *args, **options):
-        super().__init__(*args, **options)
-        is_scaled = self.scale_rewards != "none" or self.multi_objective_aggregation != "sum_then_normalize"
-        require(not is_scaled, 'set scale_rewards="none": dividing by the standard deviation cancels the weights')
-        require(self.loss_type == "dr_grpo", 'set loss_type="dr_grpo": the others divide by numbers of tokens')
-
 
 def verl_advantages(token_level_rewards, response_mask, index, N=8, **_):
-    """The same for verl: register_adv_est("pass_at_n")(verl_advantages). Rows of one index are tries at one problem."""
-    result = torch.zeros_like(token_level_rewards)
-    for tries in (torch.as_tensor(index == problem, device=result.device) for problem in {*index}):
-        result[tries] = tries.sum() * advantages(token_level_rewards[None, tries].sum(dim=2), N).T * response_mask[tries]
+    """The same for verl. Rows of one index are tries at one problem. Problems that lost tries, below N, weigh 0."""
+    result, problems = torch.zeros_like(token_level_rewards), [str(problem) for problem in index]
+    groups = [[row for row, other in enumerate(problems) if other == problem] for problem in {*problems}]
+    enough = [rows for rows in groups if len(rows) >= min(N, max(map(len, groups)))]
+    for rows in enough:
+        result[rows] = len(rows) * advantages(token_level_rewards[None, rows].sum(dim=2), N).T * response_mask[rows]
     return result, result
 
 
-def show(title, N, tries, tokens, labels, bases, config, rows, data, **settings):
-    from transformers import GPT2Config, GPT2LMHeadModel
-    def log(self, logs, *_):
-        if "loss" in logs and self.is_world_process_zero():
-            p = answer_log_p(model(tokens).logits, labels).detach().exp()
-            shown = (f"pass@{n} {pass_at_n(p, n).mean():.3f}" for n in (1, tries))
-            print(f"{title}: step {self.state.global_step}", *shown, sep=", ", flush=True)
-    torch.set_num_threads(1)  # more are slower
-    torch.manual_seed(0)
-    sizes = {"vocab_size": 20, "n_positions": 16, "n_embd": 48, "n_layer": 2, "n_head": 4, "initializer_range": 0.05}
-    model = GPT2LMHeadModel(GPT2Config(**sizes, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0))
-    args = config("out", per_device_train_batch_size=rows // int(os.environ.get("WORLD_SIZE", 1)), report_to="none",
-                  use_cpu=True, bf16=False, save_strategy="no", disable_tqdm=True, logging_steps=0.125, **settings)
-    type("Recipe", bases, {"N": N, "log": log})(model, args=args, **data).train()
-
-
-def sft():
-    from transformers import Trainer, TrainingArguments
-    task = Multiply(num_train=1000, num_test=500)
-    data = [{"input_ids": torch.cat([prompt, answer]), "labels": pad(answer, (6, 0), value=-100)}
-            for prompt, answer in zip(*task.train)]
-    test = torch.cat(task.test, dim=1), pad(task.test[1], (6, 0), value=-100)
-    for title, N in (("cross-entropy", 1), ("limited, N = 64", 64)):
-        show(title, N, 64, *test, (LimitedLoss, Trainer), TrainingArguments, 100, {"train_dataset": data},
-             max_steps=800, learning_rate=4e-3)
-
-
-def grpo():  # a question, and of 12 letters the r-th is the right answer 12 // r times
-    from datasets import Dataset
-    from transformers import GPT2Tokenizer
-    from trl import GRPOConfig, GRPOTrainer
-    labels = torch.tensor([[-100, 7 + r] for r in range(1, 13) for _ in range(12 // r)])
-    data = {"train_dataset": Dataset.from_dict({"prompt": ["B"] * len(labels), "answer": labels[:, 1].tolist()}),
-            "reward_funcs": lambda completion_ids, answer, **_: [[y] == x for x, y in zip(completion_ids, answer)],
-            "processing_class": GPT2Tokenizer({chr(64 + i): i for i in range(20)}, [], pad_token="@", eos_token="A")}
-    settings = {"max_steps": 80, "learning_rate": 1e-2, "num_generations": 32, "max_completion_length": 1}
-    show("plain GRPO", 8, 8, labels.clamp(min=2), labels, (GRPOTrainer,), GRPOConfig, 256, data, **settings)
-    settings |= {"scale_rewards": "none", "loss_type": "dr_grpo"}
-    show("weights, N = 8", 8, 8, labels.clamp(min=2), labels, (PassAtN, GRPOTrainer), GRPOConfig, 256, data, **settings)
+def demo(name):
+    import datasets, transformers, trl
+    if name == "sft":  # products of two numbers: answers of four digits, without an end token
+        task = TASKS["multiply"](0, num_train=1000, num_test=500)
+        train, (ids, labels) = ((torch.cat(part, dim=1), pad(part[1], (6, 0), value=-100))
+                                for part in (task.train, task.test))
+        data = {"train_dataset": [{"input_ids": row, "labels": answer} for row, answer in zip(*train)]}
+        recipe, Ns = type("LimitedTrainer", (LimitedLoss, transformers.Trainer), {"end_tokens": ()}), (1, 64)
+        config, settings = transformers.TrainingArguments, {"max_steps": 400, "learning_rate": 4e-3}
+    else:  # a question, and of 12 letters the r-th is the right answer 12 // r times
+        labels = torch.tensor([[-100, 7 + r] for r in range(1, 13) for _ in range(12 // r)])
+        ids, rows = labels.clamp(min=2), {"prompt": ["B"] * len(labels), "answer": labels[:, 1].tolist()}
+        data = {"train_dataset": datasets.Dataset.from_dict(rows),
+                "reward_funcs": lambda completion_ids, answer, **_: [[y] == x for x, y in zip(completion_ids, answer)],
+                "processing_class": transformers.GPT2Tokenizer({chr(64 + i): i for i in range(20)}, [], pad_token="@")}
+        recipe, Ns = type("PassAtNTrainer", (PassAtN, trl.GRPOTrainer), {}), (1, 8)
+        config, settings = trl.GRPOConfig, {"max_steps": 80, "learning_rate": 1e-2, "num_generations": 32,
+                                            "max_completion_length": 1, "scale_rewards": "none", "loss_type": "dr_grpo"}
+    sizes = {"vocab_size": 20, "n_positions": 16, "n_embd": 48, "n_layer": 2, "n_head": 4}
+    other = {"bos_token_id": 1, "eos_token_id": 1, "attn_pdrop": 0, "embd_pdrop": 0, "resid_pdrop": 0}
+    for recipe.N in Ns:
+        torch.manual_seed(0)
+        model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes, **other))
+        args = config("out", per_device_train_batch_size=128, use_cpu=True, bf16=False, report_to="none",
+                      save_strategy="no", disable_tqdm=True, logging_steps=100, **settings)
+        recipe(model, args=args, **data).train()
+        p = answer_log_p(model(ids).logits, labels, ()).detach().exp()
+        print(f"N = {recipe.N}: pass@1 {p.mean():.3f}, pass@{Ns[-1]} {pass_at_n(p, Ns[-1]).mean():.3f}", flush=True)
 
 
 if __name__ == "__main__":
-    recipe = {"sft": sft, "grpo": grpo}.get(" ".join(sys.argv[1:]))
     try:
-        recipe() if recipe else fail("usage: python exercises/own_training.py sft (or grpo)")
+        demo(*sys.argv[1:]) if sys.argv[1:] in (["sft"], ["grpo"]) else fail("usage: own_training.py sft (or grpo)")
     except ImportError as error:
         fail(f"{error}; pip install transformers accelerate trl")
