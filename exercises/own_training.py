@@ -23,7 +23,6 @@ To measure: estimate_pass_at_n, from N or more samples. p is that of temperature
 
 import os
 import sys
-from functools import partial
 
 import torch
 from torch.nn.functional import cross_entropy, pad
@@ -63,10 +62,13 @@ class LimitedLoss:
         super().__init__(*args, **options)
         others = self.args.label_smoothing_factor, self.compute_loss_func, getattr(self.args, "loss_type", "") == "dft"
         require(not any(others), 'this is a loss of its own: no label_smoothing_factor, compute_loss_func or "dft"')
-        if getattr(self.args, "assistant_only_loss", False):
-            self.check_template()
         self.model_accepts_loss_kwargs = False  # so that Trainer divides by the number of batches in a step
-        self.factors = []
+        self.factors, self.prompt_end = [], []
+        if getattr(self.args, "assistant_only_loss", False):  # where such labels begin, the template decides
+            user, how = [{"role": "user", "content": "?"}], {"chat_template": self.chat_template, "return_dict": False}
+            alone, prompt = (self.processing_class.apply_chat_template(user, add_generation_prompt=is_prompt, **how)
+                             for is_prompt in (False, True))
+            self.prompt_end = prompt[len(os.path.commonprefix([alone, prompt])):]
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         outputs = model(**inputs | {"labels": None})
@@ -74,20 +76,15 @@ class LimitedLoss:
         ends = [self.end_tokens] + [getattr(source, "eos_token_id", None) for source in sources]
         ends = next((tokens for tokens in ends if tokens is not None), None)
         log_p = answer_log_p(outputs.logits, inputs["labels"], ends, inputs.get("attention_mask"))
+        starts, length = (inputs["labels"] != -100).int().argmax(dim=1), len(self.prompt_end)
+        for ids, start in zip(inputs["input_ids"].tolist(), starts.tolist()):
+            require(ids[start - length:start] == self.prompt_end, "this chat template's labels begin elsewhere than "
+                    "`generate` does: give prompt and completion, and no assistant_only_loss")
         factor = overconfidence_factor(log_p.detach(), self.N)
         losses = dco_loss(log_p, self.N) * (factor >= self.pass_over)
         loss = losses.sum() / (len(losses) if num_items_in_batch is None else num_items_in_batch)
         self.factors += [factor.mean()] * model.training
         return (loss, outputs) if return_outputs else loss
-
-    def check_template(self):
-        """Raises ValueError where a chat template has the assistant's labels begin elsewhere than `generate` does."""
-        turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]
-        render = partial(self.processing_class.apply_chat_template, chat_template=self.chat_template, return_dict=True)
-        row, prompt = render(turns, return_assistant_tokens_mask=True), render(turns[:1], add_generation_prompt=True)
-        before = row["input_ids"][:row["assistant_masks"].index(1)]
-        require(before == prompt["input_ids"], "assistant_only_loss labels begin elsewhere than `generate` does, with this "
-                                               "chat template: give prompt and completion instead")
 
     def get_batch_samples(self, *args):  # the batches of a step, and their mean number of rows: the last may have fewer
         batches, _ = super().get_batch_samples(*args)
@@ -146,7 +143,7 @@ def demo(name):
                                 for part in (task.train, task.test))
         data = {"train_dataset": [{"input_ids": row, "labels": answer} for row, answer in zip(*train)]}
         recipe, Ns = type("LimitedTrainer", (LimitedLoss, transformers.Trainer), {"end_tokens": ()}), (1, 64)
-        config, settings = transformers.TrainingArguments, {"max_steps": 400, "learning_rate": 4e-3}
+        config, settings = transformers.TrainingArguments, {"max_steps": 500, "learning_rate": 4e-3}
     else:  # a question, and of 12 letters the r-th is the right answer 12 // r times
         labels = torch.tensor([[-100, 7 + r] for r in range(1, 13) for _ in range(12 // r)])
         ids, rows = labels.clamp(min=2), {"prompt": ["B"] * len(labels), "answer": labels[:, 1].tolist()}

@@ -1,20 +1,17 @@
-"""The recipes against the same steps by hand, against exact gradients, and with what they refuse. What needs a package
-that is not installed is skipped, and says so. As a program, this trains by both recipes and saves the parameters."""
+"""The recipes against steps by hand, tries of `generate`, exact gradients, and with what they refuse."""
 
 import copy
 import os
 import re
 import runpy
-import subprocess
 import sys
-from collections import defaultdict
 from itertools import product
 from math import comb
 from pathlib import Path
+from types import SimpleNamespace
 
-os.environ["OMP_NUM_THREADS"] = "1"  # read when PyTorch is loaded
+os.environ |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "TRL_EXPERIMENTAL_SILENCE": "1"}
 
-import numpy as np
 import pytest
 import torch
 from pytest import approx
@@ -23,409 +20,310 @@ from torch.testing import assert_close
 import own_training as own  # it puts the folder of passn.py on the path
 from passn import dco_loss, overconfidence_factor, pass_at_n
 
+transformers, trl, peft, datasets, accelerate, tokenizers = map(
+    pytest.importorskip, ("transformers", "trl", "peft", "datasets", "accelerate", "tokenizers"))
 torch.set_num_threads(1)
-HERE = Path(own.__file__).resolve().parent
-README = (HERE.parent / "README.md").read_text(encoding="utf-8")
-QUIET = {"use_cpu": True, "bf16": False, "report_to": "none", "save_strategy": "no", "disable_tqdm": True,
-         "optim": "sgd", "learning_rate": 0.5, "lr_scheduler_type": "constant", "max_grad_norm": 0.0}
 parametrize = pytest.mark.parametrize
+QUIET = {"use_cpu": True, "bf16": False, "report_to": "none", "save_strategy": "no", "disable_tqdm": True,
+         "optim": "sgd", "learning_rate": 0.5, "lr_scheduler_type": "constant", "max_grad_norm": 0.0, "logging_steps": 1}
+# Prompts and answers, of which A is the end token, 1; the chat template labels what follows it, a B.
+ROWS = [("BDFHJ", "A"), ("CEG", "KA"), ("DRB", "BCA"), ("EEHI", "A"), ("FGB", "HA"), ("GGI", "DDA"), ("HQK", "A")]
+CHAT = ("{% for m in messages %}{% if m.role == 'assistant' %}{% generation %}{{ m.content }}AB{% endgeneration %}"
+        "{% else %}{{ m.content }}{% endif %}{% endfor %}")
 
 
-def tiny_llama(vocab_size=20):
-    transformers = pytest.importorskip("transformers")
+def tiny_llama(vocab_size=20, **changes):
     torch.manual_seed(0)
-    return transformers.LlamaForCausalLM(transformers.LlamaConfig(
-        vocab_size=vocab_size, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
-        initializer_range=0.3, pad_token_id=0, bos_token_id=0, eos_token_id=1))
+    shape = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    shape |= {"initializer_range": 0.3, "pad_token_id": 0, "bos_token_id": 0, "eos_token_id": 1}
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=vocab_size, **shape | changes))
 
 
-def characters(vocab_size=20):
-    """A tokenizer of single characters: token 2 is B."""
-    transformers = pytest.importorskip("transformers")
-    return transformers.GPT2Tokenizer({chr(64 + i): i for i in range(vocab_size)}, [], unk_token="@", pad_token="@",
-                                      eos_token="A", bos_token="A")
+def letters():
+    tokens, how = {chr(64 + i): i for i in range(20)}, {"padding_side": "left", "chat_template": CHAT}
+    return transformers.GPT2Tokenizer(tokens, [], unk_token="@", pad_token="@", bos_token="A", eos_token="A", **how)
 
 
-def texts(number=7):
-    """Tokens and how many of the last are the answer: of all lengths."""
-    torch.manual_seed(1)
-    return [(torch.randint(2, 20, (5 + i % 4,)), 1 + i % 3) for i in range(number)]
+def ids_of(text):
+    return [ord(letter) - 64 for letter in text]
 
 
-def labels_of(text, length):
-    return torch.cat([torch.full_like(text[:-length], -100), text[-length:]])
+def share_of_right_tries(model, prompt, answer, number, ends):
+    given = torch.tensor([prompt] * number)
+    tries = model.generate(given, attention_mask=torch.ones_like(given), do_sample=True, top_k=0, eos_token_id=ends,
+                           pad_token_id=0, max_new_tokens=len(answer))
+    return (tries[:, len(prompt):] == torch.tensor(answer)).all(dim=1).double().mean().item()
 
 
-def log_p_by_hand(model, text, length):
-    log_probs = model(text[None]).logits[0, -len(text):].float().log_softmax(dim=1)
-    return sum(log_probs[t - 1, text[t]] for t in range(len(text) - length, len(text)))
-
-
-def losses_by_hand(model, rows, N, pass_over):
-    log_p = torch.stack([log_p_by_hand(model, *row) for row in rows])
-    return dco_loss(log_p, N) * (overconfidence_factor(log_p, N) >= pass_over)
-
-
-def steps_by_hand(model, rows, N, pass_over, epochs=2, window=4):
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
-    for start in [*range(0, len(rows), window)] * epochs:
-        optimizer.zero_grad()
-        losses_by_hand(model, rows[start:start + window], N, pass_over).mean().backward()
-        optimizer.step()
-
-
-def collate(side):
-    def padded(rows):
-        T = max(len(row["input_ids"]) for row in rows)
-        batch = {"input_ids": [], "labels": [], "attention_mask": []}
-        for row in rows:
-            parts = {**{name: torch.as_tensor(row[name]) for name in ("input_ids", "labels")},
-                     "attention_mask": torch.ones(len(row["input_ids"]), dtype=torch.long)}
-            room = T - len(row["input_ids"])
-            for name, part in parts.items():
-                where = (room, 0) if side == "left" else (0, room)
-                batch[name].append(torch.nn.functional.pad(part, where, value=-100 if name == "labels" else 0))
-        return {name: torch.stack(parts) for name, parts in batch.items()}
-    return padded
-
-
-def limited(package, folder, model, rows, N=4, pass_over=0.1, side="right", **settings):
-    """A trainer with the limited loss, of transformers or of TRL."""
-    datasets, package = pytest.importorskip("datasets"), pytest.importorskip(package)
-    pytest.importorskip("accelerate")
-    data = datasets.Dataset.from_list([{"input_ids": text.tolist(), "labels": labels_of(text, length).tolist()}
-                                       for text, length in rows])
-    names = ("Trainer", "TrainingArguments") if package.__name__ == "transformers" else ("SFTTrainer", "SFTConfig")
-    trainer, config = (getattr(package, name) for name in names)
-    more = {"data_collator": collate(side)} if trainer.__name__ == "Trainer" else {"processing_class": characters()}
-    args = config(str(folder), **QUIET | {"num_train_epochs": 2, "train_sampling_strategy": "sequential"} | settings)
-    recipe = type("LimitedTrainer", (own.LimitedLoss, trainer), {"N": N, "pass_over": pass_over})
-    return recipe(model, args, train_dataset=data, eval_dataset=data, **more)
-
-
-def same(model, by_hand, **tolerance):
-    for (name, trained), expected in zip(model.named_parameters(), by_hand.parameters()):
-        assert_close(trained, expected, **{"rtol": 1e-4, "atol": 1e-5} | tolerance, msg=lambda text: f"{name}: {text}")
-
-
-# ---- supervised ------------------------------------------------------------------------------------------
-
-
-@parametrize("package, side, batch, accumulated", [
-    ("transformers", "left", 1, 4), ("transformers", "right", 2, 2), ("transformers", "left", 4, 1),
-    ("trl", "right", 1, 4), ("trl", "right", 2, 2), ("trl", "right", 4, 1)])
-def test_the_limited_trainer_takes_the_steps_of_a_loop_by_hand(package, side, batch, accumulated, tmp_path):
-    """Seven rows: the last window has three, and with 2 × 2 its batches have two and one. Some are passed over."""
-    model, rows = tiny_llama(), texts()
-    by_hand = copy.deepcopy(model)
-    trainer = limited(package, tmp_path, model, rows, side=side, per_device_train_batch_size=batch,
-                      gradient_accumulation_steps=accumulated, logging_steps=1, per_device_eval_batch_size=3)
-    factors = overconfidence_factor(torch.stack([log_p_by_hand(model, *row) for row in rows]), 4)
-    trainer.train()
-    assert trainer.state.log_history[0]["F"] == approx(factors[:4].mean().item(), rel=1e-4) and trainer.factors == []
-    steps_by_hand(by_hand, rows, 4, 0.1)
-    same(model, by_hand)
-    expected = losses_by_hand(by_hand, rows, 4, 0.1).mean().item()
-    assert trainer.evaluate()["eval_loss"] == approx(expected, rel=1e-4)
-    assert len(trainer.predict(trainer.eval_dataset).predictions) == 7
-
-
-def test_solved_answers_are_passed_over_without_nan(tmp_path):
-    model, rows = tiny_llama(), texts()
-    factors = overconfidence_factor(torch.stack([log_p_by_hand(model, *row) for row in rows]), 4)
-    some = factors.median().item()  # a little more than half are kept
-    for pass_over in (some, 1.1):
-        trained, by_hand = copy.deepcopy(model), copy.deepcopy(model)
-        trainer = limited("transformers", tmp_path, trained, rows, pass_over=pass_over, per_device_train_batch_size=4)
-        trainer.train()
-        steps_by_hand(by_hand, rows, 4, pass_over)
-        same(trained, by_hand)
-    same(trained, model, rtol=0, atol=0)
-    assert trainer.evaluate()["eval_loss"] == 0
-
-
-@parametrize("package", ["transformers", "trl"])
-def test_bf16_changes_the_loss_by_rounding_only(package, tmp_path):
-    model, rows = tiny_llama(), texts()
-    expected = losses_by_hand(model, rows, 4, 0).mean().item()
-    trainer = limited(package, tmp_path, model, rows, pass_over=0, bf16=True, learning_rate=1e-9)
-    assert trainer.evaluate()["eval_loss"] == approx(expected, rel=0.02)
-    assert trainer.train().training_loss == approx(expected, rel=0.02)
-
-
-@parametrize("package", ["transformers", "trl"])
-@parametrize("kind", ["LoraConfig", "PromptTuningConfig"])
-def test_lora_and_prompt_tuning_take_the_steps_by_hand(package, kind, tmp_path):
-    """Prompt tuning puts virtual tokens in front, so that there are more logits than labels."""
-    peft, rows = pytest.importorskip("peft"), texts()
-    special = {"LoraConfig": {"r": 2, "target_modules": ["q_proj", "v_proj"]},
-               "PromptTuningConfig": {"num_virtual_tokens": 3}}
-    model = peft.get_peft_model(tiny_llama(), getattr(peft, kind)(task_type="CAUSAL_LM", **special[kind]))
-    by_hand, start = copy.deepcopy(model), copy.deepcopy(model)
-    trainer = limited(package, tmp_path, model, rows, per_device_train_batch_size=4)
-    trainer.train()
-    steps_by_hand(by_hand, rows, 4, 0.1)
-    same(model, by_hand)
-    assert any(not torch.equal(trained, before) for trained, before in zip(model.parameters(), start.parameters()))
-    assert trainer.evaluate()["eval_loss"] == approx(losses_by_hand(by_hand, rows, 4, 0.1).mean().item(), rel=1e-4)
-
-
-CHAT = ("{% for m in messages %}{% if m.role == 'assistant' %}{% generation %}{{ m.content }}A{% endgeneration %}"
-        "{% else %}{{ 'B' + m.content + 'C' }}{% endif %}{% endfor %}")
-TURNS = [{"role": "user", "content": "DEF"}], [{"role": "assistant", "content": "GH"}]
-
-
-@parametrize("row, text, settings, bad, hint", [
-    ({"prompt": "DEF", "completion": "GH"}, "DEFGHA", {},
-     {"prompt": "DEF", "completion": "GHIJKLM"}, "fills max_length"),
-    ({"prompt": TURNS[0], "completion": TURNS[1]}, "BDEFCGHA", {},
-     {"prompt": TURNS[0], "completion": [{"role": "assistant", "content": "GHIJ"}]}, "fills max_length"),
-    ({"messages": TURNS[0] + TURNS[1]}, "BDEFCGHA", {"assistant_only_loss": True},
-     {"messages": (TURNS[0] + TURNS[1]) * 2}, "several answers"),
-    ({"text": "DEFGH"}, None, {}, {"text": "DEFGH"}, "not labelled -100")])
-def test_trls_data_sets_of_one_turn_and_what_is_wrong_with_others(row, text, settings, bad, hint, tmp_path):
-    trl, datasets = pytest.importorskip("trl"), pytest.importorskip("datasets")
-    model, tokenizer = tiny_llama(), characters()
-    tokenizer.chat_template = CHAT
-    recipe = type("LimitedTrainer", (own.LimitedLoss, trl.SFTTrainer), {})
-    args = trl.SFTConfig(str(tmp_path), **QUIET | settings, max_length=20 if "messages" in row else 9)
-    trainer = recipe(model, args, train_dataset=datasets.Dataset.from_list([bad]), processing_class=tokenizer)
-    if text:
-        tokens = torch.tensor([ord(character) - 64 for character in text])
-        expected = dco_loss(log_p_by_hand(model, tokens, 3)[None], 64).item()
-        assert trainer.evaluate(datasets.Dataset.from_list([row]))["eval_loss"] == approx(expected, rel=1e-4)
-    with pytest.raises(ValueError, match=hint):
-        trainer.train()
-
-
-@parametrize("labels, mask, hint", [
-    ([-100, -100, -100, -100], None, "no answer"), ([2, 3, 4, 5], None, "not labelled -100"),
-    ([-100, -100, 4, 5], [0, 0, 1, 1], "not labelled -100"),  # a collator wrote over labels, with padding in front
-    ([-100, 3, 4, 5], [1, 1, 1, 0], "not labelled -100"),
-    ([-100, 3, -100, 5], None, "several answers, or one with a hole")])
-def test_a_row_that_is_no_prompt_and_one_answer_is_told_why(labels, mask, hint):
-    good, ones = [-100, -100, 4, 5], [1, 1, 1, 1]
-    with pytest.raises(ValueError, match=hint):
-        own.answer_log_p(torch.zeros(2, 4, 6), torch.tensor([good, labels]), torch.tensor([ones, mask or ones]))
-
-
-def test_a_cut_row_and_label_smoothing_are_refused_but_not_virtual_tokens(tmp_path):
-    labels = torch.tensor([[-100, -100, 4, 5]])
-    with pytest.raises(ValueError, match="max_length.*prefix"):
-        own.answer_log_p(torch.zeros(1, 4, 6), labels, max_length=4)
-    logits = torch.randn(1, 7, 6)  # of three virtual tokens in front, too
-    log_probs = logits[0, 3:].log_softmax(dim=1)
-    assert_close(own.answer_log_p(logits, labels, max_length=5), (log_probs[1, 4] + log_probs[2, 5])[None])
-    with pytest.raises(ValueError, match="label_smoothing"):
-        limited("transformers", tmp_path, tiny_llama(), texts(), label_smoothing_factor=0.1)
-
-
-# ---- reinforcement ---------------------------------------------------------------------------------------
-
-
-def test_advantages_are_those_by_hand():
-    for dtype in (torch.bool, torch.int64, torch.float32):
-        rewards = torch.tensor([[1, 0, 0, 1], [0, 0, 0, 0], [1, 1, 1, 0]], dtype=dtype)
-        assert_close(own.advantages(rewards, 2), rewards.float() * torch.tensor([[1 / 3], [0], [1 / 6]]))
-
-
-@parametrize("rewards", [[1, 1, 1, -1], [1, 1, -1, -1], [0.5, 0.5, 0, 0], [2, 0, 0, 0], [1, float("nan"), 0, 0]])
-def test_rewards_other_than_0_and_1_are_told_why(rewards):
-    with pytest.raises(ValueError, match="rewards are 0 or 1"):
-        own.advantages(torch.tensor([rewards, [0, 0, 0, 1]]), 2)
-
-
-def test_too_few_tries_are_told_why():
-    with pytest.raises(ValueError, match="8 tries: N is at most the number of tries; well below it is better"):
-        own.advantages(torch.tensor([[1] + [0] * 7]), 64)
-
-
-def chance(n, c, k):
-    """Of k of n tries, c of them right, at least one is right."""
-    return 1 - comb(n - c, k) / comb(n, k)
-
-
-@parametrize("n, N", [(4, 2), (8, 3), (8, 8)])
-def test_what_others_formulas_make_of_the_weights(n, N):
-    """PKPO's weights minus its leave-one-out pass@(N - 1); verl's r_max - r_second, where N = n; TRL's group mean."""
-    def weights(c):
-        return own.advantages(torch.tensor([[1.0] * c + [0.0] * (n - c)]), N)[0].tolist()
-
-    for c in range(1, n):
-        w = weights(c)
-        right, wrong = N / n, N / n * chance(n - 1, c, N - 1)
-        baseline = [N / n * chance(n - 1, c - is_right, N - 1) for is_right in (1, 0)]
-        assert [w[0], w[-1]] == approx([right - baseline[0], wrong - baseline[1]], abs=1e-7)
-        if N == n:
-            assert n * w[0] == approx(n * (c == 1))
-    for p in (0.1, 0.5):
-        plain = centred = 0  # times dp: the expectation of Σ advantage · d log π
-        for c in range(n + 1):
-            of_all = comb(n, c) * p**c * (1 - p)**(n - c) * weights(c)[0]
-            plain += of_all * c / p
-            centred += of_all * (c * (1 - c / n) / p + (n - c) * c / n / (1 - p))
-        assert plain == approx(N * (1 - p)**(N - 1), rel=1e-6)
-        assert centred / plain == approx(1 - 1 / n + (N - 1) * p / ((1 - p) * n), rel=1e-6)
-
-
-def test_each_reward_function_has_its_own_weights_and_evaluation_has_plain_rewards():
-    given = torch.tensor([[1.0, 0, 0, 1, 0, 1, 0, 0], [1, 1, 1, 0, 0, 0, 0, 0]]).T  # (tries, functions)
-    base = type("Base", (), {"_calculate_rewards": lambda self: given, "__init__": lambda self: None})
-    trainer = object.__new__(type("PassAtNTrainer", (own.PassAtN, base), {"N": 2}))
-    trainer.model, trainer.num_generations, trainer._metrics = torch.nn.Linear(1, 1), 4, {"train": defaultdict(list)}
-    rewards = trainer._calculate_rewards()
-    for column, weighted_column in zip(given.T, rewards.T):
-        assert_close(weighted_column, 4 * own.advantages(column.view(2, 4), 2).flatten())
-    assert trainer._metrics["train"] == {"pass@1": [approx(6 / 16)], "pass@2": [approx((5 / 6 + 1 / 2 + 1 + 0) / 4)]}
-    trainer.model.eval()
-    assert trainer._calculate_rewards() is given
-
-
-def test_verls_function_groups_by_index_and_agrees_with_its_own_estimate():
-    rewards = torch.zeros(9, 3)
-    rewards[[0, 2, 4], [2, 1, 2]] = 1
-    index = np.array([*"abacbabbc"], dtype=object)  # a and b of unlike numbers; c is never right
-    mask = torch.ones(9, 3)
-    mask[2, 2] = 0
-    given, returns = own.verl_advantages(token_level_rewards=rewards, response_mask=mask, index=index, N=2, config=None)
-    expected = torch.zeros(9)
-    for name in "abc":
-        tries = [i for i, problem in enumerate(index) if problem == name]
-        expected[tries] = len(tries) * own.advantages(rewards[tries].sum(dim=1)[None], 2)[0]
-    assert_close(given, expected[:, None] * mask)
-    assert_close(returns, given)
+def p_of(model, tokenizer, ids, labels, mask=None, end_tokens=None, **args):
+    """What LimitedLoss makes of a row: p, or what it refuses it for."""
+    class Base:
+        def __init__(self):
+            self.args, self.compute_loss_func = SimpleNamespace(label_smoothing_factor=0, **args), None
+            self.model, self.processing_class, self.chat_template = model, tokenizer, None
+    recipe = type("Recipe", (own.LimitedLoss, Base), {"N": 1, "end_tokens": end_tokens})()
+    inputs = {"input_ids": ids, "labels": labels, "attention_mask": mask}
     try:
-        from verl.trainer.ppo import core_algos as algos
-    except ImportError:
-        pytest.skip("verl is not installed")
-    algos.register_adv_est("pass_at_n")(own.verl_advantages)
-    index, one = np.array([*"aaaabbbb"], dtype=object), torch.zeros(8, 3)
-    one[[1, 4, 5], 2] = 1
-    ours, theirs = (algos.get_adv_estimator_fn(name)(
-        token_level_rewards=one, response_mask=torch.ones(8, 3), index=index, config={"norm_adv_by_std_in_grpo": False},
-        **more)[0] for name, more in (("pass_at_n", {"N": 4}), ("grpo_passk", {})))
-    assert_close(ours, 4 * theirs)
+        return recipe.compute_loss(model, inputs).neg().exp().item()
+    except ValueError as error:
+        return str(error)
 
 
-def weighted(folder, model, N, n, tries, prompts, rows=None, **settings):
-    """TRL's trainer on given tries, the tokens of which all processes share in turn. Right is the try [1, 1]."""
-    trl, datasets = pytest.importorskip("trl"), pytest.importorskip("datasets")
-
-    def tries_of_this_process(given, trainer):
-        start = trainer.accelerator.process_index * len(given)
-        own_tries = tries[start:start + len(given)]
-        return {"prompt_ids": [[ord(text) - 64] for text in given], "completion_ids": own_tries,
-                "logprobs": [[0.0] * len(tokens) for tokens in own_tries]}
-
-    def is_right(completion_ids, **_):
-        return [float(tokens == [1, 1]) for tokens in completion_ids]
-
-    args = trl.GRPOConfig(str(folder), **QUIET | {
-        "scale_rewards": "none", "loss_type": "dr_grpo", "num_generations": n, "max_completion_length": 2,
-        "shuffle_dataset": False, "per_device_train_batch_size": rows or len(tries), "logging_steps": 1} | settings)
-    trainer, data = type("PassAtNTrainer", (own.PassAtN, trl.GRPOTrainer), {"N": N}), {"prompt": [*prompts]}
-    return trainer(model, is_right, args, train_dataset=datasets.Dataset.from_dict(data), processing_class=characters(),
-                   rollout_func=tries_of_this_process)
+@torch.no_grad()
+def test_p_is_the_share_of_tries_that_stop_at_the_end_token():
+    shape = {"vocab_size": 8, "n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 8, "initializer_range": 0.3}
+    torch.manual_seed(0)
+    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**shape, bos_token_id=0, eos_token_id=1)).eval()
+    row = torch.tensor([[5, 6, 3, 1, 2]]), torch.tensor([[-100, -100, 3, 1, 2]])
+    p, of_all_labels = (p_of(model, None, *row, end_tokens=ends) for ends in (None, ()))
+    assert (p, of_all_labels) == (approx(0.01283, abs=5e-6), approx(0.000375, abs=5e-7))
+    assert share_of_right_tries(model, [5, 6], [3, 1], 20_000, 1) == approx(p, abs=0.003)  # four standard errors
 
 
-@parametrize("N", [1, 2, 3])
-def test_the_gradient_of_a_step_is_the_exact_one_times_what_the_groups_mean_makes_of_it(N, tmp_path, monkeypatch):
-    """A try is two tokens, each of two, all equally likely: p = 1/4. Here is each of the 64 groups of three, once."""
-    monkeypatch.setenv("TRL_EXPERIMENTAL_SILENCE", "1")
-    model, n, p = tiny_llama(vocab_size=2), 3, 0.25
-    torch.nn.init.zeros_(model.lm_head.weight)
-    by_hand = copy.deepcopy(model)
-    tries = [[*tokens] for group in product(product((0, 1), repeat=2), repeat=n) for tokens in group]
-    trainer = weighted(tmp_path, model, N, n, tries, "A" * 64, max_steps=1)
+@parametrize("labels, mask, of_model, of_tokenizer, of_class, right", [
+    ([-100, -100, 3, 4], None, 1, 4, (), 2), ([-100, 3, 1, 2], None, 1, 2, None, 2), ([-100, 3, 7, 1], None, 1, 7, None, 3),
+    ([-100, 3, 7, 1], None, [1, 7], None, None, 2), ([-100, 3, 7, 1], None, None, 7, None, 2),
+    ([-100, 3, 7, 1], None, 1, 1, [7], 2), ([-100, -100, -100, 1], None, 1, None, None, 1),
+    ([-100, -100, 3, 1], [0, 1, 1, 1], 1, None, None, 2), ([-100, 3, 1, -100], [1, 1, 1, 0], 1, None, None, 2),
+    ([-100, -100, 3, -100], None, 0, 0, None, "no end token"),  # pad = eos, and labels of padding overwritten
+    ([-100, 3, 4, 5], None, [1, 7], 5, None, "no end token"), ([-100, 3, 1, 2], None, None, None, None, "set end_tokens"),
+    ([-100, -100, -100, -100], None, 1, 1, None, "no answer"), ([2, 3, 4, 1], None, 1, 1, None, "not labelled -100"),
+    ([-100, 3, 1, 0], [1, 1, 1, 0], 1, 1, None, "not labelled -100"), ([-100, 1, -100, 1], None, 1, 1, None, "several"),
+    ([-100, -100, 4, 1], [0, 0, 1, 1], 1, 1, None, "not labelled -100"), ([-100, 3, -100, 1], None, 1, 1, None, "a hole")])
+def test_an_answer_is_what_is_labelled_up_to_its_first_end_token(labels, mask, of_model, of_tokenizer, of_class, right):
+    """Eight tokens are equally likely, so p is 8 to the minus number of tokens. Two virtual tokens stand in front."""
+    def model(**_):
+        return SimpleNamespace(logits=torch.zeros(1, 6, 8))
+    model.generation_config, model.training = SimpleNamespace(eos_token_id=of_model), False
+    labels, mask = torch.tensor([labels]), None if mask is None else torch.tensor([mask])
+    p = p_of(model, SimpleNamespace(eos_token_id=of_tokenizer), labels, labels, mask, of_class)
+    assert right in p if isinstance(right, str) else p == approx(8.0**-right)
+
+
+CHATML = ("{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}{% if m.role == 'assistant' %}{% generation %}"
+          "{{ m.content + '<|im_end|>\n' }}{% endgeneration %}{% else %}{{ m.content + '<|im_end|>\n' }}{% endif %}"
+          "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
+ENDS = ("<eos> </s> <|im_end|> <end_of_turn> <turn|> <|end|> <|eot_id|> <|eot|> <|user|> <|return|> <|END_OF_TURN_TOKEN|> "
+        "<end_of_utterance> <｜end▁of▁sentence｜>").split()
+
+
+def chat(template):
+    """A tokenizer of tags, words and signs; a row with its assistant's labels; the prompt that `generate` has."""
+    pattern = r"<[^<>\s]+>|\w+|\W"
+    words = dict.fromkeys(["<unk>", "<eos>", "\n", "7", "assistant", *re.findall(pattern, template)])
+    words = tokenizers.models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>")
+    words = tokenizers.Tokenizer(words)
+    words.pre_tokenizer = tokenizers.pre_tokenizers.Split(tokenizers.Regex(pattern), "isolated")
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<eos>", chat_template=template)
+    for content in ("7", [{"type": "text", "text": "7"}]):
+        turns, how = [{"role": role, "content": content} for role in ("user", "assistant")], {"return_dict": True}
+        try:
+            row = tokenizer.apply_chat_template(turns, return_assistant_tokens_mask=True, **how)
+        except Exception:  # a template for pictures, which wants a list
+            continue
+        if row["input_ids"].count(tokenizer.vocab["7"]) >= 2:
+            prompt = tokenizer.apply_chat_template(turns[:1], add_generation_prompt=True, **how)["input_ids"]
+            return tokenizer, row["input_ids"], row["assistant_masks"], prompt
+
+
+def test_with_trls_templates_p_is_the_share_of_right_tries_or_is_refused():
+    """By assistant_only_loss, and by prompt and completion, which TRL parts where the prompt and the row differ."""
+    shipped = sorted((Path(trl.__file__).parent / "chat_templates").glob("*_training.jinja"))
+    for name, template in [("ChatML", CHATML)] + [(file.stem, file.read_text(encoding="utf-8")) for file in shipped]:
+        tokenizer, ids, mask, prompt = chat(template)
+        start = len(os.path.commonprefix([ids, prompt]))
+        left_out = max(0, start - 20)  # of a long system prompt
+        ids, mask, prompt, start = ids[left_out:], mask[left_out:], prompt[left_out:], start - left_out
+        ends = [tokenizer.vocab[token] for token in ENDS if token in tokenizer.vocab]
+        model, tokens = tiny_llama(len(tokenizer), eos_token_id=ends), torch.tensor([ids])
+        completion, by_mask = tokens.clone(), tokens.masked_fill(torch.tensor([mask]) == 0, -100)
+        completion[:, :start] = -100
+        optimizer = torch.optim.Adam(model.parameters(), 0.02)
+        while (loss := model(tokens, labels=completion).loss) > 0.5:  # per token; what follows the end token, too
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        p = p_of(model, tokenizer, tokens, completion)
+        by_assistant = p_of(model, tokenizer, tokens, by_mask, assistant_only_loss=True)
+        answer = ids[start:1 + next(t for t, token in enumerate(ids) if t >= start and token in ends)]
+        share = share_of_right_tries(model, prompt, answer, 2000, ends)
+        print(f"{name}: assistant_only_loss {by_assistant}, completion {p:.4f}, share of right tries {share:.4f}")
+        if start == len(prompt):  # else TRL warns
+            assert share == approx(p, abs=4 * (p * (1 - p) / 2000)**0.5), name
+        assert by_assistant == approx(p) if ids[:mask.index(1)] == prompt else "begin elsewhere" in by_assistant, name
+    assert len(shipped) > 10
+
+
+def limited(kind, folder, model, **settings):
+    """A trainer on ROWS as labels for Trainer, padded on the left, or as another kind for SFTTrainer."""
+    turns = [[{"role": "user", "content": prompt}, {"role": "assistant", "content": answer[:-1]}] for prompt, answer in ROWS]
+    data = {"labels": [{"input_ids": ids_of(prompt + answer + "B"),
+                        "labels": [-100] * len(prompt) + ids_of(answer + "B")} for prompt, answer in ROWS],
+            "text": [{"prompt": prompt, "completion": answer[:-1]} for prompt, answer in ROWS],
+            "chat": [{"prompt": both[:1], "completion": both[1:]} for both in turns],
+            "messages": [{"messages": both} for both in turns], "several": [{"messages": both * 2} for both in turns]}[kind]
+    data = datasets.Dataset.from_list(data)
+    base, config, more = trl.SFTTrainer, trl.SFTConfig, {}
+    if kind == "messages":
+        settings = {"assistant_only_loss": True} | settings
+    if kind == "labels":
+        base, config = transformers.Trainer, transformers.TrainingArguments
+        more["data_collator"] = transformers.DataCollatorForSeq2Seq(letters())
+    args = config(str(folder), train_sampling_strategy="sequential", **QUIET | {"num_train_epochs": 1} | settings)
+    recipe = type("LimitedTrainer", (own.LimitedLoss, base), {"N": 64, "pass_over": 0.7})
+    return recipe(model, args, train_dataset=data, eval_dataset=data, processing_class=letters(), **more)
+
+
+def by_hand(model, rows):
+    log_p = []
+    for prompt, answer in rows:
+        ids = ids_of(prompt + answer)
+        log_probs = model(torch.tensor([ids])).logits[0, -len(ids):].log_softmax(dim=1)  # behind virtual tokens
+        log_p.append(sum(log_probs[t - 1, ids[t]] for t in range(len(prompt), len(ids))))
+    factors = overconfidence_factor(torch.stack(log_p).detach(), 64)
+    return (dco_loss(torch.stack(log_p), 64) * (factors >= 0.7)).mean(), factors
+
+
+def after_steps_by_hand(model, *batches):
+    model = copy.deepcopy(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    for rows in batches:
+        optimizer.zero_grad()
+        by_hand(model, rows)[0].backward()
+        optimizer.step()
+    return model
+
+
+def parameters(model):
+    return torch.nn.utils.parameters_to_vector(model.parameters()).detach()
+
+
+@parametrize("kind, batch, adapter", [
+    ("labels", 1, None), ("labels", 4, None), ("text", 2, None), ("chat", 4, None), ("messages", 2, None),
+    ("text", 1, {"num_virtual_tokens": 3}), ("labels", 2, {"r": 2, "target_modules": ["q_proj"]})])
+def test_the_trainer_takes_the_steps_of_a_loop_by_hand(kind, batch, adapter, tmp_path):
+    """Seven rows: the second step has three, in batches of two and one. Adapters are prompt tuning and LoRA."""
+    model = tiny_llama()
+    if adapter:
+        tuning = peft.LoraConfig if "r" in adapter else peft.PromptTuningConfig
+        model = peft.get_peft_model(model, tuning(task_type="CAUSAL_LM", **adapter))
+    start, factors = parameters(model), by_hand(model, ROWS[:4])[1]
+    expected = after_steps_by_hand(model, ROWS[:4], ROWS[4:])
+    trainer = limited(kind, tmp_path, model, per_device_train_batch_size=batch, gradient_accumulation_steps=4 // batch)
+    trainer.log({"loss": 1.0}, start_time=None)
     trainer.train()
-    value = pass_at_n(log_p_by_hand(by_hand, torch.tensor([1, 1, 1]), 2).exp(), N)
-    assert value.item() == approx(1 - (1 - p)**N)
-    gradient = torch.autograd.grad(value, by_hand.lm_head.weight)[0]
-    factor = 1 - 1 / n + (N - 1) * p / ((1 - p) * n)
-    assert gradient.abs().max() > 0.01
-    by_trl = gradient / 2  # dr_grpo divides by max_completion_length
-    assert_close(model.lm_head.weight, 0.5 * factor * by_trl, rtol=1e-4, atol=1e-6)
-    logged = trainer.state.log_history[0]
-    assert logged["pass@1"] == approx(p) and logged[f"pass@{N}"] == approx(value.item())
+    assert_close(parameters(model), parameters(expected), rtol=1e-4, atol=1e-5)
+    assert not parameters(model).equal(start)
+    assert trainer.evaluate()["eval_loss"] == approx(by_hand(expected, ROWS)[0].item(), rel=1e-4)
+    assert trainer.state.log_history[0]["F"] == approx(factors.mean().item(), rel=1e-4)
+    assert adapter or 0 < (factors < 0.7).sum() < 4
 
 
-@parametrize("changes, hint", [
-    ({"scale_rewards": "group"}, "cancels the weights"), ({"loss_type": "dapo"}, "numbers of tokens"),
-    ({"multi_objective_aggregation": "normalize_then_sum"}, "cancels the weights"),
-    ({"num_generations": 4}, "at most the number")])
-def test_settings_of_trl_that_undo_the_weights_are_refused(changes, hint, tmp_path, monkeypatch):
-    monkeypatch.setenv("TRL_EXPERIMENTAL_SILENCE", "1")
+@parametrize("kind, settings, hint", [("several", {"assistant_only_loss": True}, "several"),
+                                      ("text", {"max_length": 5}, "no end token"), ("messages", {"assistant_only_loss": False}, "not labelled")])
+def test_trls_rows_of_other_kinds_are_refused(kind, settings, hint, tmp_path):
     with pytest.raises(ValueError, match=hint):
-        weighted(tmp_path, tiny_llama(2), 8, 8, [[0, 1]] * 8, "AA", **changes).train()
+        limited(kind, tmp_path, tiny_llama(), **settings).train()
 
 
-# ---- processes, the program and the README ---------------------------------------------------------------
+@parametrize("recipe, changes, hint", [
+    (own.LimitedLoss, {"label_smoothing_factor": 0.1}, "no label_smoothing_factor"),
+    (own.LimitedLoss, {"loss_type": "dft"}, '"dft"'), (own.LimitedLoss, {"compute_loss_func": print}, "compute_loss_func"),
+    (own.PassAtN, {"scale_rewards": "group"}, "cancels"), (own.PassAtN, {"loss_type": "dapo"}, "numbers of tokens"),
+    (own.PassAtN, {"multi_objective_aggregation": "normalize_then_sum"}, "cancels")])
+def test_settings_that_another_loss_would_read_are_refused(recipe, changes, hint):
+    values = {"label_smoothing_factor": 0, "compute_loss_func": None, "loss_type": "dr_grpo", "scale_rewards": "none",
+              "multi_objective_aggregation": "sum_then_normalize"} | changes
+    base = type("Base", (), values | {"args": SimpleNamespace(**values)})
+    with pytest.raises(ValueError, match=hint):
+        type("Recipe", (recipe, base), {})()
 
 
-def train_by_both(folder, processes):
-    """Three steps of each recipe. The second of three groups of eight tries is shared by the two processes."""
-    rows = [(torch.cat([torch.tensor([2, 3]), text[:4]]), length) for text, length in texts(12)]
-    first, second = tiny_llama(), tiny_llama()
-    limited("transformers", folder, first, rows, per_device_train_batch_size=4 // processes, num_train_epochs=1).train()
-    torch.manual_seed(2)
-    tries = [[1, 1] if right else [1, 2] for right in (torch.rand(24) < 0.3).tolist()]
-    weighted(folder, second, 3, 8, tries, "BCDEFGHIJ", rows=24 // processes, max_steps=3).train()
-    return [{name: value.detach().clone() for name, value in model.named_parameters()} for model in (first, second)]
+@parametrize("rewards, N, hint", [
+    ([1, 1, 1, -1], 2, "0 or 1"), ([0.5, 0, 0, 0], 2, "0 or 1"), ([1, torch.nan, 0, 0], 2, "not None"),
+    ([1, 0, 0, 0], 5, "fewer than N")])
+def test_other_rewards_and_too_few_tries_are_refused(rewards, N, hint):
+    with pytest.raises(ValueError, match=hint):
+        own.advantages(torch.tensor([rewards, [0, 0, 0, 1]]), N)
+    with pytest.raises(ValueError, match=hint):
+        own.verl_advantages(torch.tensor([rewards]).T.float(), torch.ones(4, 1), ["a"] * 4, N)
 
 
-def test_two_processes_end_with_the_parameters_of_one(tmp_path, monkeypatch):
-    for package in ("transformers", "accelerate", "datasets", "trl"):
-        pytest.importorskip(package)
-    monkeypatch.setenv("TRL_EXPERIMENTAL_SILENCE", "1")
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run([*launcher, __file__, "two.pt"], cwd=tmp_path, text=True, capture_output=True, timeout=200)
-    assert done.returncode == 0, done.stderr[-3000:]
-    start = tiny_llama()
-    for alone, together in zip(train_by_both(tmp_path, 1), torch.load(tmp_path / "two.pt")):
-        for name, value in alone.items():
-            assert_close(together[name], value, rtol=0, atol=1e-5)
-        assert max((value - start.get_parameter(name)).abs().max() for name, value in alone.items()) > 1e-3
+def test_verls_function_groups_by_index_and_leaves_out_what_has_lost_tries():
+    rewards, mask, names = torch.zeros(9, 3), torch.ones(9, 3), "abacbabbd"
+    rewards[[0, 2, 4, 8], [2, 1, 2, 2]], mask[2, 2] = 1, 0
+    expected = torch.tensor([1.0, 0, 1, 0, 2, 0, 0, 0, 0])[:, None] * mask  # n · N/n · C(n - c, 1)/C(n - 1, 1)
+    for index in ([*names], (*names,), ids_of(names), torch.tensor(ids_of(names))):
+        given, returns = own.verl_advantages(token_level_rewards=rewards, response_mask=mask, index=index, N=2, config=None)
+        assert given.equal(expected) and returns.equal(expected)
 
 
-def test_a_missing_package_gets_one_line(tmp_path):
-    (tmp_path / "transformers.py").write_text("raise ImportError('no transformers here')")
-    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
-    done = subprocess.run([sys.executable, own.__file__, "sft"], env=environment, cwd=tmp_path, text=True, capture_output=True)
-    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "pip install transformers" in done.stderr
+def grpo(folder, model, **settings):
+    """TRL's trainer on tries that are given, and shared by all processes. A try is two of two tokens: here is each of the 64
+    groups of three, once. The first of two reward functions calls [1, 1] right, the other nothing."""
+    tries = [[*tokens] for group in product(product((0, 1), repeat=2), repeat=3) for tokens in group]
+
+    def given_tries(prompts, trainer):
+        first = trainer.accelerator.process_index * len(prompts)
+        return {"prompt_ids": [[1]] * len(prompts), "completion_ids": tries[first:first + len(prompts)],
+                "logprobs": [[0.0, 0.0]] * len(prompts)}
+
+    rewards = [lambda completion_ids, right=right, **_: [float(tokens == right) for tokens in completion_ids]
+               for right in ([1, 1], [])]
+    args = trl.GRPOConfig(str(folder), **QUIET, scale_rewards="none", loss_type="dr_grpo", num_generations=3, max_steps=1,
+                          max_completion_length=2, **settings)
+    return type("PassAtNTrainer", (own.PassAtN, trl.GRPOTrainer), {"N": 2})(
+        model, rewards, args, train_dataset=datasets.Dataset.from_dict({"prompt": ["A"] * 64}),
+        processing_class=letters(), rollout_func=given_tries)
 
 
-@parametrize("recipe, titles", [
-    ("sft", ["cross-entropy", "limited, N = 64"]), ("grpo", ["plain GRPO", "weights, N = 8"])])
-def test_the_program_prints_both_curves(recipe, titles, tmp_path, monkeypatch, capsys):
-    for package in ("transformers", "accelerate") if recipe == "sft" else ("trl", "datasets"):
-        pytest.importorskip(package)
+def even_llama():
+    model = tiny_llama(vocab_size=2)
+    torch.nn.init.zeros_(model.lm_head.weight)  # p of a try is 1/4
+    return model
+
+
+def train_by_both(rank, folder, port):
+    os.environ |= {"RANK": f"{rank}", "LOCAL_RANK": f"{rank}", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": port}
+    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
+    llama, even = tiny_llama(), even_llama()
+    limited("labels", folder, llama, per_device_train_batch_size=2, max_steps=1).train()
+    trainer = grpo(folder, even, per_device_train_batch_size=96)
+    trainer.train()
+    trainer.model.eval()
+    evaluated = trainer._calculate_rewards(*[[{}] * 3] * 2, [[[1]]] * 3, [[1, 1], [1, 0], [0, 0]])
+    if rank == 0:
+        torch.save((parameters(llama), even.lm_head.weight.data, trainer.state.log_history[0], evaluated), folder / "two.pt")
+
+
+def test_two_processes_take_the_steps_by_hand_and_follow_the_exact_gradient(tmp_path):
+    torch.multiprocessing.start_processes(train_by_both, (tmp_path, f"{20000 + os.getpid() % 20000}"), 2, start_method="fork")
+    llama, weight, logged, evaluated = torch.load(tmp_path / "two.pt")
+    assert_close(llama, parameters(after_steps_by_hand(tiny_llama(), ROWS[:4])), rtol=1e-4, atol=1e-5)
+    model, n, N, p = even_llama(), 3, 2, 0.25
+    log_probs = model(torch.tensor([[1, 1, 1]])).logits[0, :2].log_softmax(dim=1)[:, 1]
+    value = pass_at_n(log_probs.sum().exp(), N)
+    gradient = torch.autograd.grad(value, model.lm_head.weight)[0] / 2  # dr_grpo divides by max_completion_length
+    factor = 1 - 1 / n + (N - 1) * p / ((1 - p) * n)  # of the group's mean
+    assert_close(weight, 0.5 * factor * gradient, rtol=1e-4, atol=1e-6)
+    assert gradient.abs().max() > 0.01 and (logged["pass@1"], logged["pass@2"]) == (approx(p / 2), approx(value.item() / 2))
+    assert evaluated[:, 0].tolist() == [1, 0, 0] * 2
+
+
+def test_the_program_prints_a_line_for_each_N(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    show = own.show
-    monkeypatch.setattr(own, "show", lambda *given, **settings: show(*given, **settings | {"max_steps": 2}))
-    getattr(own, recipe)()
-    form = re.compile(r"(.+): step (\d), pass@1 (0\.\d+), pass@\d+ (0\.\d+)")
-    lines = [line for line in map(form.fullmatch, capsys.readouterr().out.splitlines()) if line]
-    assert [(line[1], line[2]) for line in lines] == [(title, step) for title in titles for step in "12"]
-    assert all(float(line[3]) <= float(line[4]) for line in lines)
+    monkeypatch.setattr(transformers.Trainer, "train", lambda self: None)
+    for recipe, first, last in (("sft", 1, 64), ("grpo", 1, 8)):
+        own.demo(recipe)
+        lines = re.findall(r"N = (\d+): pass@1 0.\d{3}, pass@(\d+) 0.\d{3}\n", capsys.readouterr().out)
+        assert lines == [(f"{first}", f"{last}"), (f"{last}", f"{last}")]
 
 
-@parametrize("arguments", [[], ["ppo"], ["sft", "grpo"]])
-def test_the_program_says_in_a_line_what_it_wants(arguments, monkeypatch, capsys):
+@parametrize("arguments, hint", [([], "usage"), (["ppo"], "usage"), (["sft", "grpo"], "usage"), (["sft"], "pip install")])
+def test_the_program_says_in_a_line_what_it_wants(arguments, hint, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", [own.__file__, *arguments])
+    monkeypatch.setitem(sys.modules, "trl", None)
     with pytest.raises(SystemExit) as stop:
         runpy.run_path(own.__file__, run_name="__main__")
     said = capsys.readouterr().err
-    assert stop.value.code == 2 and "usage" in said and said.count("\n") == 1
-
-
-def test_the_readmes_pieces_are_parts_of_the_file():
-    section = README.split("## In your own training\n")[1].split("\n## ")[0]
-    code, pieces = Path(own.__file__).read_text(encoding="utf-8"), re.findall(r"```python\n(.*?)```", section, re.S)
-    assert len(pieces) == 2 and all(piece.strip("\n") in code for piece in pieces)
-    assert "exercises/own_training.py" in section and len(re.sub(r"```.*?```", "", section, flags=re.S).split()) <= 250
-
-
-if __name__ == "__main__":
-    trained = train_by_both("out", 2)
-    if os.environ["RANK"] == "0":
-        torch.save(trained, sys.argv[1])
+    assert stop.value.code == 2 and hint in said and said.count("\n") == 1
