@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # the folder of passn.py
 import passn
-from toy_tasks import TASKS, MathQuestions, choose, require
+from toy_tasks import TASKS, MathQuestions, choose, math_problems, require
 
 NO_TOKEN = -100  # padding, which cross_entropy ignores: a pretrained model's token 0 may be a word
 
@@ -38,22 +38,28 @@ class LanguageModel(MathQuestions):
 
     def __init__(self, seed=0, **config):
         own = self.own(config)
-        self.problems = problems = self.read(own.math_dir)
+        self.problems = problems = {split: math_problems(own.math_dir, split) for split in ("train", "test")}
         questions, answers = zip(*problems["train"], *problems["test"])
         try:
             self.original, self.tokenizer = load(own.model)
-            prompts = self.tokenizer([f"{question}\nAnswer:" for question in questions])["input_ids"]
-            answers = self.tokenizer([f" {answer}" for answer in answers], add_special_tokens=False)["input_ids"]
+            self.end = self.tokenizer.eos_token_id
+            prompts = self.tokens([f"{question}\nAnswer:" for question in questions])
+            texts = self.tokens([f"{question}\nAnswer: {answer}" for question, answer in zip(questions, answers)])
+            are_prefixes = all(text[:len(prompt)] == prompt for prompt, text in zip(prompts, texts))
+            require(are_prefixes, "a question's tokens are no prefix of those of question and answer")
+            answers = [text[len(prompt):] for prompt, text in zip(prompts, texts)]  # alone, they may be other tokens
         except Exception as error:  # no package, no such name, no network, another architecture: errors of many kinds
             needs = "pip install transformers accelerate gguf; a model like Llama, by hub name, folder or .gguf file"
             raise ValueError(f"model {own.model}: {error!r:.200} (needed: {needs})") from None
-        self.end = self.tokenizer.eos_token_id  # some tokenizers put it behind every text, but a prompt goes on
-        prompts = [prompt[:-1] if prompt[-1] == self.end else prompt for prompt in prompts]
         self.answers = pad_sequence([torch.tensor([*answer, self.end]) for answer in answers], True, NO_TOKEN)
         given = self.answers[:, :-1].clamp(min=0).tolist()
         self.texts = [(*prompt, *answer) for prompt, answer in zip(prompts, given)]
         self.size, self.A = len(problems["train"]), self.answers.shape[1]
         self.test = torch.arange(self.size, len(self.texts))
+
+    def tokens(self, texts):
+        """Some tokenizers put the end token behind every text, but these go on."""
+        return [text[:-1] if text[-1] == self.end else text for text in self.tokenizer(texts)["input_ids"]]
 
     def new_model(self, GPT, n_layer, *_):
         """The top layers and the frozen head. Raises ValueError where they give other logits than the whole model."""

@@ -123,6 +123,26 @@ def test_prompts_have_no_end_token(template, begin, llama, math_dir, tmp_path):
     assert log_p == approx([read_at_once(task, i) for i in range(6)], rel=5e-3)
 
 
+@pytest.mark.parametrize("merges, hint", [([("▁", "5")], None), ([("▁", "5"), (":", "▁5")], "no prefix")])
+def test_answers_are_tokenized_behind_their_questions(merges, hint, math_dir, tmp_path, capsys):
+    """As by Llama 2, whose tokenizer puts a ▁ in front of a text: " 5" alone is ▁ and ▁5."""
+    model = save_model(tmp_path / "model")
+    pieces = [*map(chr, range(33, 124)), "▁", "\n", *map("".join, merges)]
+    vocabulary = {piece: i for i, piece in enumerate(pieces)} | {"<end>": 96}
+    words = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, merges, unk_token="!"))
+    words.normalizer = tokenizers.normalizers.Sequence(
+        [tokenizers.normalizers.Prepend("▁"), tokenizers.normalizers.Replace(" ", "▁")])
+    transformers.PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<end>").save_pretrained(model)
+    if hint:
+        assert hint in refused(model, math_dir, capsys)
+        return
+    task, trained = set_up(math_dir, model)
+    prompt, answer = prompt_and_answer(task, 5)
+    assert answer == [vocabulary["▁5"], 96]
+    assert prompt + answer[:1] == task.tokenizer("Unheard of: 2+3?\nAnswer: 5")["input_ids"]
+    assert task.log_p(trained, torch.tensor([5])).item() == approx(read_at_once(task, 5), rel=5e-3)
+
+
 @torch.no_grad()
 def test_p_and_confidence_are_those_of_sampling_the_whole_model(llama, math_dir):
     """The question is read by the original, what follows by the trained model, in their own forward passes."""
