@@ -4,21 +4,21 @@
     python exercises/own_training.py grpo    # the same with N = 1 (the usual reward) and N = 8
 
 SUPERVISED: class LimitedTrainer(LimitedLoss, SFTTrainer): N = 64, the number of tries in the test; or before Trainer.
-A row is a prompt and one answer, labelled -100 at all but the answer's tokens: TRL makes such rows of prompt and completion
-(text or chat), and by assistant_only_loss. A try begins where the labels do, and stops at its first end token. Labels
-behind that do not count: most chat templates label a newline there. An answer without one is refused; with end_tokens =
-() all labels count, and a cut answer goes unnoticed. Heed TRL's warning that a prompt is no prefix of its row: `generate`
-begins elsewhere then. The mean of F is logged. If it stays near 1, this is cross-entropy, as for long answers: at p =
-e^-100, F is 1. For them let p be the chance that a try ends right, estimated from samples (the task `cot`), or use
-rewards, or do as the paper's code does: cross-entropy on problems of which less than a tenth of 64 samples are right.
-Adam's epsilon is 1e-8 in `sft` and `grpo`, and 1e-3 in the README's runs, the pretrained model's too. The checks of
-dco_loss read values, so torch.compile breaks its graph there and torch.func.vmap fails.
+A row is a prompt and one answer, labelled -100 at all but the answer's tokens. TRL makes such rows of prompt and
+completion, text or chat, and by assistant_only_loss. A try begins where the labels do and stops at its first end token:
+labels behind that do not count (most chat templates label a newline there), and an answer without one is refused. With
+end_tokens = () all labels count, and a cut answer goes unnoticed. Heed TRL's warning that a prompt is no prefix of its
+row: `generate` begins elsewhere then. The mean of F is logged. If it stays near 1, this is cross-entropy, as for long
+answers: at p = e^-100, F is 1. For them let p be the chance that a try ends right, estimated from samples (the task
+`cot`), or use rewards, or do as the paper's code does: cross-entropy on problems of which less than a tenth of 64
+samples are right. Adam's epsilon is 1e-8 in `sft` and `grpo`, and was 1e-3 for the pretrained model in the README. The
+checks of dco_loss read values, so torch.compile breaks its graph there and torch.func.vmap fails.
 
-REINFORCEMENT: class PassAtNTrainer(PassAtN, GRPOTrainer): N = 8, at most the number n of tries at a problem, better well
-below: with N = n only a try that alone is right pulls. The weights are `sloo_minus_one` of PKPO (arXiv 2505.15201): its
-basic weights minus N/n times the leave-one-out pass@(N - 1). TRL subtracts the group's mean, too, which multiplies the
-expected gradient by 1 - 1/n + (N - 1) p / ((1 - p) n). In verl, a module that VERL_USE_EXTERNAL_MODULES names calls
-register_adv_est("pass_at_n")(verl_advantages); set loss_agg_mode=seq-mean-token-sum.
+REINFORCEMENT: class PassAtNTrainer(PassAtN, GRPOTrainer): N = 8, at most the number n of tries at a problem, and well
+below is better: with N = n only a try that alone is right pulls. The weights are PKPO's `sloo_minus_one` (arXiv
+2505.15201): its basic weights minus N/n times the leave-one-out pass@(N - 1). TRL subtracts the group's mean, too: that
+multiplies the expected gradient by 1 - 1/n + (N - 1) p / ((1 - p) n). In verl, a module that VERL_USE_EXTERNAL_MODULES
+names calls register_adv_est("pass_at_n")(verl_advantages); set loss_agg_mode=seq-mean-token-sum.
 To measure: estimate_pass_at_n, from N or more samples. p is that of temperature=1, top_k=0, top_p=1."""
 
 import os
@@ -72,9 +72,9 @@ class LimitedLoss:
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         outputs = model(**inputs | {"labels": None})
-        sources = getattr(self.model, "generation_config", None), self.processing_class
-        ends = [self.end_tokens] + [getattr(source, "eos_token_id", None) for source in sources]
-        ends = next((tokens for tokens in ends if tokens is not None), None)
+        ends = self.end_tokens
+        for source in (getattr(self.model, "generation_config", None), self.processing_class):
+            ends = getattr(source, "eos_token_id", None) if ends is None else ends
         log_p = answer_log_p(outputs.logits, inputs["labels"], ends, inputs.get("attention_mask"))
         starts, length = (inputs["labels"] != -100).int().argmax(dim=1), len(self.prompt_end)
         for ids, start in zip(inputs["input_ids"].tolist(), starts.tolist()):
@@ -100,7 +100,7 @@ class LimitedLoss:
 
 def advantages(rewards, N):
     """Weights of tries in the gradient of pass@N, to sum over tries. rewards: (problems, tries), 0 or 1."""
-    require(((rewards == 0) | (rewards == 1)).all(), "rewards are 0 or 1 (not None) for every try: is it right?")
+    require(((rewards == 0) | (rewards == 1)).all(), "a reward is 0 or 1, not None: is this try right?")
     return pass_at_n_weights(rewards.shape[1], rewards.sum(dim=1), N)[:, None].float().to(rewards.device) * rewards
 
 
@@ -119,50 +119,48 @@ class PassAtN:
         if not self.model.training:
             return rewards
         n, groups = self.num_generations, rewards.T.reshape(-1, self.num_generations)
-        weighted = n * advantages(groups, self.N)  # n, since TRL takes the mean over tries
         for k in {1, self.N}:
             self._metrics["train"][f"pass@{k}"].append(estimate_pass_at_n(n, groups.sum(dim=1), k).mean().item())
-        return weighted.reshape(rewards.T.shape).T
+        return n * advantages(groups, self.N).reshape(rewards.T.shape).T  # n, since TRL takes the mean over tries
 
 
 def verl_advantages(token_level_rewards, response_mask, index, N=8, **_):
-    """The same for verl. Rows of one index are tries at one problem. Problems that lost tries, below N, weigh 0."""
+    """The same for verl. Rows of one index are tries at one problem. A problem that lost tries, below N, weighs 0."""
     result, problems = torch.zeros_like(token_level_rewards), [str(problem) for problem in index]
     groups = [[row for row, other in enumerate(problems) if other == problem] for problem in {*problems}]
-    enough = [rows for rows in groups if len(rows) >= min(N, max(map(len, groups)))]
-    for rows in enough:
-        result[rows] = len(rows) * advantages(token_level_rewards[None, rows].sum(dim=2), N).T * response_mask[rows]
+    for rows in groups:
+        if len(rows) >= min(N, max(map(len, groups))):
+            weights = advantages(token_level_rewards[rows].sum(dim=1)[None], N).T
+            result[rows] = len(rows) * weights * response_mask[rows]
     return result, result
 
 
 def demo(name):
     import datasets, transformers, trl
+    torch.set_num_threads(1)  # more are slower
     if name == "sft":  # products of two numbers: answers of four digits, without an end token
-        task = TASKS["multiply"](0, num_train=1000, num_test=500)
-        train, (ids, labels) = ((torch.cat(part, dim=1), pad(part[1], (6, 0), value=-100))
-                                for part in (task.train, task.test))
-        data = {"train_dataset": [{"input_ids": row, "labels": answer} for row, answer in zip(*train)]}
-        recipe, Ns = type("LimitedTrainer", (LimitedLoss, transformers.Trainer), {"end_tokens": ()}), (1, 64)
-        config, settings = transformers.TrainingArguments, {"max_steps": 500, "learning_rate": 4e-3}
+        task, recipe = TASKS["multiply"](0, num_train=1000, num_test=500), (LimitedLoss, transformers.Trainer)
+        rows = [{"input_ids": torch.cat(row), "labels": pad(row[1], (6, 0), value=-100)} for row in zip(*task.train)]
+        data, ids, labels = {"train_dataset": rows}, torch.cat(task.test, 1), pad(task.test[1], (6, 0), value=-100)
+        config, settings, Ns = transformers.TrainingArguments, {"max_steps": 500, "learning_rate": 4e-3}, (1, 64)
     else:  # a question, and of 12 letters the r-th is the right answer 12 // r times
         labels = torch.tensor([[-100, 7 + r] for r in range(1, 13) for _ in range(12 // r)])
         ids, rows = labels.clamp(min=2), {"prompt": ["B"] * len(labels), "answer": labels[:, 1].tolist()}
-        data = {"train_dataset": datasets.Dataset.from_dict(rows),
-                "reward_funcs": lambda completion_ids, answer, **_: [[y] == x for x, y in zip(completion_ids, answer)],
-                "processing_class": transformers.GPT2Tokenizer({chr(64 + i): i for i in range(20)}, [], pad_token="@")}
-        recipe, Ns = type("PassAtNTrainer", (PassAtN, trl.GRPOTrainer), {}), (1, 8)
-        config, settings = trl.GRPOConfig, {"max_steps": 80, "learning_rate": 1e-2, "num_generations": 32,
-                                            "max_completion_length": 1, "scale_rewards": "none", "loss_type": "dr_grpo"}
-    sizes = {"vocab_size": 20, "n_positions": 16, "n_embd": 48, "n_layer": 2, "n_head": 4}
-    other = {"bos_token_id": 1, "eos_token_id": 1, "attn_pdrop": 0, "embd_pdrop": 0, "resid_pdrop": 0}
-    for recipe.N in Ns:
+        letters = transformers.GPT2Tokenizer({chr(64 + i): i for i in range(20)}, [], pad_token="@", eos_token="A")
+        data = {"train_dataset": datasets.Dataset.from_dict(rows), "processing_class": letters,
+                "reward_funcs": lambda completion_ids, answer, **_: [[y] == x for x, y in zip(completion_ids, answer)]}
+        config, recipe, Ns = trl.GRPOConfig, (PassAtN, trl.GRPOTrainer), (1, 8)
+        settings = {"max_steps": 80, "learning_rate": 1e-2, "num_generations": 32, "max_completion_length": 1,
+                    "scale_rewards": "none", "loss_type": "dr_grpo"}
+    for N in Ns:
         torch.manual_seed(0)
-        model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes, **other))
+        model = transformers.GPT2LMHeadModel(transformers.GPT2Config(vocab_size=20, n_embd=48, n_layer=2, n_head=4,
+            initializer_range=0.05, attn_pdrop=0, embd_pdrop=0, resid_pdrop=0))
         args = config("out", per_device_train_batch_size=128, use_cpu=True, bf16=False, report_to="none",
                       save_strategy="no", disable_tqdm=True, logging_steps=100, **settings)
-        recipe(model, args=args, **data).train()
+        type("Recipe", recipe, {"N": N, "end_tokens": ()})(model, args=args, **data).train()
         p = answer_log_p(model(ids).logits, labels, ()).detach().exp()
-        print(f"N = {recipe.N}: pass@1 {p.mean():.3f}, pass@{Ns[-1]} {pass_at_n(p, Ns[-1]).mean():.3f}", flush=True)
+        print(f"N = {N}: pass@1 {p.mean():.3f}, pass@{Ns[-1]} {pass_at_n(p, Ns[-1]).mean():.3f}", flush=True)
 
 
 if __name__ == "__main__":
