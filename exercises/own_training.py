@@ -3,16 +3,17 @@
     python exercises/own_training.py sft     # see it work: a tiny model, with N = 1 (cross-entropy) and N = 64
     python exercises/own_training.py grpo    # the same with N = 1 (the usual reward) and N = 8
 
-SUPERVISED: class LimitedTrainer(LimitedLoss, SFTTrainer): N = 64, the number of tries in the test; or before Trainer.
-A row is a prompt and one answer, labelled -100 at all but the answer's tokens. TRL makes such rows of prompt and
-completion, text or chat, and by assistant_only_loss. A try begins where the labels do and stops at its first end token:
-labels behind that do not count (most chat templates label a newline there), and an answer without one is refused. With
-end_tokens = () all labels count, and a cut answer goes unnoticed. Heed TRL's warning that a prompt is no prefix of its
-row: `generate` begins elsewhere then. The mean of F is logged. If it stays near 1, this is cross-entropy, as for long
-answers: at p = e^-100, F is 1. For them let p be the chance that a try ends right, estimated from samples (the task
-`cot`), or use rewards, or do as the paper's code does: cross-entropy on problems of which less than a tenth of 64
-samples are right. Adam's epsilon is 1e-8 in `sft` and `grpo`, and was 1e-3 for the pretrained model in the README. The
-checks of dco_loss read values, so torch.compile breaks its graph there and torch.func.vmap fails.
+SUPERVISED: class LimitedTrainer(LimitedLoss, SFTTrainer): N = 64, the number of tries in the test; or before Trainer. A
+row is a prompt and one answer, labelled -100 but at the answer's tokens. TRL makes such rows of prompt and completion,
+text or chat, and with many chat templates by assistant_only_loss; with others it is refused. A try begins where the
+labels do and stops at its first end token: labels behind that do not count (22 of TRL's 31 training templates label a
+newline there), and an answer without one is refused. With end_tokens = () all labels count; a cut answer goes
+unnoticed. Heed TRL's warning that a prompt is no prefix of its row: `generate` begins elsewhere then. The mean of F is
+logged. If it stays near 1, this is cross-entropy, as for long answers: at p = e^-100, F is 1. For them let p be the
+chance that a try ends right, estimated from samples (the task `cot`), or use rewards, or do as the paper's code does:
+cross-entropy on problems of which less than a tenth of 64 samples are right. Adam's epsilon is 1e-8 in `sft` and
+`grpo`, and was 1e-3 for the README's pretrained model. The checks of dco_loss read values: torch.compile breaks its
+graph there, torch.func.vmap fails.
 
 REINFORCEMENT: class PassAtNTrainer(PassAtN, GRPOTrainer): N = 8, at most the number n of tries at a problem, and well
 below is better: with N = n only a try that alone is right pulls. The weights are PKPO's `sloo_minus_one` (arXiv
@@ -43,7 +44,7 @@ def answer_log_p(logits, labels, end_tokens, is_text=None):
     require((starts.sum(dim=1) == 1).all(), "a row has no answer, several, or one with a hole: unpack; a turn a row")
     if end_tokens != ():
         is_end = torch.isin(labels, torch.tensor(end_tokens, device=labels.device)).int()
-        require(is_end.any(dim=1).all(), f"an answer has no end token, of {end_tokens}: is it cut, is pad = eos, has "
+        require(is_end.any(dim=1).all(), f"an answer has no end token ({end_tokens}): is it cut, is pad = eos, has "
                                          "the chat template another? With end_tokens = () all labels count")
         is_answer &= is_end.cumsum(dim=1) - is_end == 0
     row, place = is_answer.nonzero(as_tuple=True)

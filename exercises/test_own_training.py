@@ -15,6 +15,7 @@ os.environ |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "TRL_EXPERIME
 import pytest
 import torch
 from pytest import approx
+from torch.nn.utils import parameters_to_vector
 from torch.testing import assert_close
 
 import own_training as own  # it puts the folder of passn.py on the path
@@ -189,10 +190,6 @@ def after_steps_by_hand(model, *batches):
     return model
 
 
-def parameters(model):
-    return torch.nn.utils.parameters_to_vector(model.parameters()).detach()
-
-
 @parametrize("kind, batch, adapter", [
     ("labels", 1, None), ("labels", 4, None), ("text", 2, None), ("chat", 4, None), ("messages", 2, None),
     ("text", 1, {"num_virtual_tokens": 3}), ("labels", 2, {"r": 2, "target_modules": ["q_proj"]})])
@@ -202,15 +199,16 @@ def test_the_trainer_takes_the_steps_of_a_loop_by_hand(kind, batch, adapter, tmp
     if adapter:
         tuning = peft.LoraConfig if "r" in adapter else peft.PromptTuningConfig
         model = peft.get_peft_model(model, tuning(task_type="CAUSAL_LM", **adapter))
-    start, factors = parameters(model), by_hand(model, ROWS[:4])[1]
+    start, factors = parameters_to_vector(model.parameters()).detach(), by_hand(model, ROWS[:4])[1]
     expected = after_steps_by_hand(model, ROWS[:4], ROWS[4:])
     trainer = limited(kind, tmp_path, model, per_device_train_batch_size=batch, gradient_accumulation_steps=4 // batch)
     trainer.log({"loss": 1.0}, start_time=None)
     trainer.train()
-    assert_close(parameters(model), parameters(expected), rtol=1e-4, atol=1e-5)
-    assert not parameters(model).equal(start)
+    trained = parameters_to_vector(model.parameters())
+    assert_close(trained, parameters_to_vector(expected.parameters()), rtol=1e-4, atol=1e-5)
+    assert not trained.equal(start)
     assert trainer.evaluate()["eval_loss"] == approx(by_hand(expected, ROWS)[0].item(), rel=1e-4)
-    assert trainer.state.log_history[0]["F"] == approx(factors.mean().item(), rel=1e-4)
+    assert trainer.factors == [] and trainer.state.log_history[0]["F"] == approx(factors.mean().item(), rel=1e-4)
     assert adapter or 0 < (factors < 0.7).sum() < 4
 
 
@@ -247,8 +245,8 @@ def even_llama():
 
 
 def grpo(folder, model, **settings):
-    """TRL's trainer on given tries of two tokens, shared by all processes: each of the 64 groups of three, once. The first
-    of two reward functions calls [1, 1] right, the other nothing."""
+    """TRL's trainer on given tries of two tokens, shared by all processes: each of the 64 groups of three, once. The
+    first of two reward functions calls [1, 1] right, the other nothing."""
     tries = [[*tokens] for group in product(product((0, 1), repeat=2), repeat=3) for tokens in group]
 
     def given_tries(prompts, trainer):
@@ -276,15 +274,16 @@ def train_by_both(rank, folder, port):
     trainer.model.eval()
     evaluated = trainer._calculate_rewards(*[[{}] * 3] * 2, [[[1]]] * 3, [[1, 1], [1, 0], [0, 0]])
     if rank == 0:
-        logged = trainer.state.log_history[0]
-        torch.save((parameters(llama), even.lm_head.weight.data, logged, evaluated), folder / "two.pt")
+        llama, even = parameters_to_vector(llama.parameters()).detach(), even.lm_head.weight.data
+        torch.save((llama, even, trainer.state.log_history[0], evaluated), folder / "two.pt")
 
 
 def test_two_processes_take_the_steps_by_hand_and_follow_the_exact_gradient(tmp_path):
     port = 20000 + os.getpid() % 20000
     torch.multiprocessing.start_processes(train_by_both, (tmp_path, port), 2, start_method="fork")
     llama, weight, logged, evaluated = torch.load(tmp_path / "two.pt")
-    assert_close(llama, parameters(after_steps_by_hand(tiny_llama(), ROWS[:4])), rtol=1e-4, atol=1e-5)
+    expected = after_steps_by_hand(tiny_llama(), ROWS[:4])
+    assert_close(llama, parameters_to_vector(expected.parameters()), rtol=1e-4, atol=1e-5)
     model, n, N, p = even_llama(), 3, 2, 0.25
     log_probs = model(torch.tensor([[1, 1, 1]])).logits[0, :2].log_softmax(dim=1)[:, 1]
     value = pass_at_n(log_probs.sum().exp(), N)
@@ -297,11 +296,13 @@ def test_two_processes_take_the_steps_by_hand_and_follow_the_exact_gradient(tmp_
 
 def test_the_program_prints_a_line_for_each_N_or_says_in_a_line_what_it_wants(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(transformers.Trainer, "train", lambda self: None)
+    trained = []
+    monkeypatch.setattr(transformers.Trainer, "train", lambda self: trained.append(self.N))
     for recipe, first, last in (("sft", 1, 64), ("grpo", 1, 8)):
         own.demo(recipe)
         lines = re.findall(r"N = (\d+): pass@1 0.\d{3}, pass@(\d+) 0.\d{3}\n", capsys.readouterr().out)
         assert lines == [(f"{first}", f"{last}"), (f"{last}", f"{last}")]
+    assert trained == [1, 64, 1, 8]
     monkeypatch.setitem(sys.modules, "trl", None)
     for arguments, hint in (([], "usage"), (["ppo"], "usage"), (["sft", "grpo"], "usage"), (["sft"], "pip install")):
         monkeypatch.setattr(sys, "argv", [own.__file__, *arguments])
