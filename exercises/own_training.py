@@ -5,15 +5,14 @@
 
 SUPERVISED: class LimitedTrainer(LimitedLoss, SFTTrainer): N = 64, the number of tries in the test; or before Trainer. A
 row is a prompt and one answer, labelled -100 but at the answer's tokens. TRL makes such rows of prompt and completion,
-text or chat, and with many chat templates by assistant_only_loss; with others it is refused. A try begins where the
-labels do and stops at its first end token: labels behind that do not count (22 of TRL's 31 training templates label a
-newline there), and an answer without one is refused. With end_tokens = () all labels count; a cut answer goes
-unnoticed. Heed TRL's warning that a prompt is no prefix of its row: `generate` begins elsewhere then. The mean of F is
-logged. If it stays near 1, this is cross-entropy, as for long answers: at p = e^-100, F is 1. For them let p be the
-chance that a try ends right, estimated from samples (the task `cot`), or use rewards, or do as the paper's code does:
-cross-entropy on problems of which less than a tenth of 64 samples are right. Adam's epsilon is 1e-8 in `sft` and
-`grpo`, and was 1e-3 for the README's pretrained model. The checks of dco_loss read values: torch.compile breaks its
-graph there, torch.func.vmap fails.
+text or chat, and with some chat templates by assistant_only_loss; with others that is refused. A try begins where the
+labels do and stops at its first end token. Labels behind it do not count: 22 of TRL 1.16's 31 templates label a newline
+there. An answer without one is refused. With end_tokens = () all labels count, and cut answers go unnoticed. Heed TRL's
+warning of a prompt that is no prefix: `generate` begins elsewhere then. The mean of F is logged. If it stays near 1,
+this is cross-entropy, as for long answers: at p = e^-100, F is 1. For them let p be the chance that a try ends right,
+from samples (as in `cot`), or use rewards, or, as the paper's code does, cross-entropy on problems of which less than a
+tenth of 64 samples are right. Adam's epsilon is 1e-8 in `sft` and `grpo`, and was 1e-3 for the README's pretrained
+model. The checks of dco_loss read values: torch.compile breaks its graph there, torch.func.vmap fails.
 
 REINFORCEMENT: class PassAtNTrainer(PassAtN, GRPOTrainer): N = 8, at most the number n of tries at a problem, and well
 below is better: with N = n only a try that alone is right pulls. The weights are PKPO's `sloo_minus_one` (arXiv

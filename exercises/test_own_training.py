@@ -133,7 +133,7 @@ def test_with_trls_templates_p_is_the_share_of_right_tries_or_is_refused():
         model, tokens = tiny_llama(len(tokenizer), eos_token_id=ends), torch.tensor([ids])
         completion, by_mask = tokens.clone(), tokens.masked_fill(torch.tensor([mask]) == 0, -100)
         completion[:, :start] = -100
-        optimizer = torch.optim.Adam(model.parameters(), 0.02)
+        optimizer = torch.optim.Adam(model.parameters(), 0.05)
         while (loss := model(tokens, labels=completion).loss) > 0.5:  # per token; what follows the end token, too
             optimizer.zero_grad()
             loss.backward()
@@ -144,7 +144,7 @@ def test_with_trls_templates_p_is_the_share_of_right_tries_or_is_refused():
         share = share_of_right_tries(model, prompt, answer, 2000, ends)
         print(f"{name}: assistant_only_loss {by_assistant}, completion {p:.4f}, share of right tries {share:.4f}")
         if start == len(prompt):  # else TRL warns
-            assert share == approx(p, abs=4 * (p * (1 - p) / 2000)**0.5), name
+            assert share == approx(p, abs=5 * (p * (1 - p) / 2000)**0.5), name
         assert by_assistant == approx(p) if ids[:mask.index(1)] == prompt else "begin elsewhere" in by_assistant, name
     assert len(shipped) > 10
 
@@ -233,15 +233,9 @@ def test_verls_function_groups_by_index_and_leaves_out_what_has_lost_tries():
         how = {"token_level_rewards": rewards, "response_mask": mask, "index": index, "config": None}
         given, returns = own.verl_advantages(**how, N=2)
         assert given.equal(expected) and returns.equal(expected)
-    for wrong, N, hint in ((-1, 2, "0 or 1"), (0.5, 2, "0 or 1"), (torch.nan, 2, "not None"), (1, 5, "fewer than N")):
+    for wrong, N, hint in ((-1, 2, "0 or 1"), (0.5, 2, "0 or 1"), (torch.nan, 2, "not None"), (1, 5, "samples")):
         with pytest.raises(ValueError, match=hint):
             own.verl_advantages(torch.tensor([[wrong], [1], [0], [0.0]]), torch.ones(4, 1), [*"aaaa"], N)
-
-
-def even_llama():
-    model = tiny_llama(vocab_size=2)
-    torch.nn.init.zeros_(model.lm_head.weight)  # p of two tokens is 1/4
-    return model
 
 
 def grpo(folder, model, **settings):
@@ -267,7 +261,8 @@ def train_by_both(rank, folder, port):
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
     os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
     accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
-    llama, even = tiny_llama(), even_llama()
+    llama, even = tiny_llama(), tiny_llama(vocab_size=2)
+    torch.nn.init.zeros_(even.lm_head.weight)  # p of two tokens is 1/4
     limited("labels", folder, llama, per_device_train_batch_size=2, max_steps=1).train()
     trainer = grpo(folder, even, per_device_train_batch_size=96)
     trainer.train()
@@ -284,7 +279,8 @@ def test_two_processes_take_the_steps_by_hand_and_follow_the_exact_gradient(tmp_
     llama, weight, logged, evaluated = torch.load(tmp_path / "two.pt")
     expected = after_steps_by_hand(tiny_llama(), ROWS[:4])
     assert_close(llama, parameters_to_vector(expected.parameters()), rtol=1e-4, atol=1e-5)
-    model, n, N, p = even_llama(), 3, 2, 0.25
+    model, n, N, p = tiny_llama(vocab_size=2), 3, 2, 0.25
+    torch.nn.init.zeros_(model.lm_head.weight)
     log_probs = model(torch.tensor([[1, 1, 1]])).logits[0, :2].log_softmax(dim=1)[:, 1]
     value = pass_at_n(log_probs.sum().exp(), N)
     gradient = torch.autograd.grad(value, model.lm_head.weight)[0] / 2  # dr_grpo divides by max_completion_length
