@@ -545,15 +545,16 @@ def draw(rows, N):
         run = row[0]
         alpha = 255 if run["loss"] == "ce" else 255 - 150 / run["N"] ** 0.3  # paler for fewer tries
         color = f"{COLORS.get(run['loss'], '#CC79A7')}{int(alpha):02x}"
-        pass_N, pass_1 = stack(row, N)[..., 0], stack(row, 1)[..., 0]
-        for place, values in (("N", pass_N), ("1", pass_1), ("c", curve(row, "confidence"))):
-            panels[place].errorbar(curve(row, "epoch")[0], *over_seeds(values), color=color)
+        pass_N = stack(row, N)[..., 0]
+        for place, values in (("N", pass_N), ("1", stack(row, 1)[..., 0]),
+                              ("c", curve(row, "confidence")[:, 1:])):  # untrained, a greedy answer is often none
+            panels[place].errorbar(curve(row, "epoch")[0, -values.shape[1]:],
+                                   *over_seeds(values), color=color)
         panels["n"].plot(ns, share, marker="o", color=color,
                          markevery=[abs(ns - run["N"]).argmin()])
         ends[run["label"]] = pass_N[:, -1].mean(), color
-    names = f"{rows[0][0]['label']}: best epoch", f"{rows[0][0]['label']}: & best T"
-    levels = dict(zip(names, at_best(rows[0], N))) | baselines_at(rows, N)
-    for name, values in levels.items():
+    best = zip((f"{rows[0][0]['label']}: best epoch", f"{rows[0][0]['label']}: best epoch, T"), at_best(rows[0], N))
+    for name, values in (*best, *baselines_at(rows, N).items()):
         panels["N"].axhline(values.mean(), color="grey", linestyle=":")
         ends[name] = values.mean(), "grey"
     height, at_right_end = -1, panels["N"].get_yaxis_transform()
@@ -625,8 +626,7 @@ OPTIONS = {  # of the command line, beside a task's settings
 
 def configure(task, loss, **changes):
     """All settings of a run, with those changes that do something for this loss. Raises ValueError where one is bad."""
-    does_something = TASKS[task].only_for
-    changes = {name: value for name, value in changes.items() if loss in does_something.get(name, LOSSES)}
+    changes = {name: value for name, value in changes.items() if loss in TASKS[task].only_for.get(name, LOSSES)}
     config = with_changes({"N": 64, "seed": 0} | SETTINGS | TASKS[task].settings, changes)
     require(config["pass_over"] < 1, "pass_over must be below 1: F is never above it")
     return config
@@ -646,8 +646,8 @@ def parse_arguments(argv):
         kind = {"action": "store_true"} if usual is False else {"type": type(usual)}
         if isinstance(usual, list):
             kind = {"type": type(usual[0]), "nargs": "+", "choices": LOSSES if option == "loss" else None}
-        text = f"{comments.get(option, '')} (default: {usual})"
-        add(f"--{option.replace('_', '-')}", default=usual, help=text, **kind)
+        add(f"--{option.replace('_', '-')}", default=usual, **kind,
+            help=f"{comments.get(option, '')} (default: {usual})")
     add("--frontier", dest="N", action="store_const", const=COLUMNS, help=f"short for --N {COLUMNS}")
     args = parser.parse_args(argv)
     changes = {name: value for name, value in vars(args).items() if settings.get(name, value) != value}
@@ -687,8 +687,8 @@ def run_job(job, place=0):
 
 def work(jobs, place):
     """What a worker process does. It ends with its parent, however that ends."""
-    parent = multiprocessing.parent_process()
-    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+    threading.Thread(target=lambda: (multiprocessing.parent_process().join(), os._exit(1)),
+                     daemon=True).start()
     tqdm.set_lock(threading.RLock())  # one that leaves nothing behind
     sys.exit(not all([run_job(job, place) for job in jobs]))
 

@@ -729,7 +729,7 @@ def test_the_figure(rows):
     want = {
         "pass@2 on test problems": [[0.1875, 0.59375], [0, 0.875], [0.59375] * 2, [0.671875] * 2, [0.375] * 2],
         "pass@1": [[0.125, 0.375], [0, 0.75]],
-        "confidence (dotted: 1/2)": [[0.1, 0.8], [0.1, 0.7], [0.5, 0.5]],
+        "confidence (dotted: 1/2)": [[0.8], [0.7], [0.5, 0.5]],
         "pass@n at the end / the best": [ce / limited, limited / limited]}
     drawn = {axis.get_title(): [[*line.get_ydata()] for line in axis.lines] for axis in figure.axes}
     assert drawn == {title: [approx([*ys]) for ys in lines] for title, lines in want.items()}
@@ -739,7 +739,7 @@ def test_the_figure(rows):
     assert bars == approx([2 * 0.1875, 2 * 0.15625])  # ± a standard error
     names = sorted((text.get_position()[1], text.get_text(), text.get_color()) for text in large.texts)
     heights, labels, colors = zip(*names)
-    assert labels == ("a guesser", "ce N=1", "ce N=1: best epoch", "ce N=1: & best T", "limited N=2")
+    assert labels == ("a guesser", "ce N=1", "ce N=1: best epoch", "ce N=1: best epoch, T", "limited N=2")
     assert colors[0] == colors[2] == "grey" and min(np.diff(heights)) > 0.059  # none over another
     assert colors[1] == passn.COLORS["ce"] + "ff" and colors[4].startswith(passn.COLORS["limited"])
 
