@@ -7,7 +7,7 @@ Scaling Test-Time Compute: Limiting Confidence Improves Mathematical Reasoning" 
     python passn.py                          # train with both losses and draw what happens
     python passn.py --loss limited --N 64    # one run
 
-Read it from the top. Sections 1, 2 and 4 are the paper: twenty minutes. Section 3 is the model, section 5 the theory.
+Read it from the top. Sections 1, 2 and 4 are the paper: half an hour. Section 3 is the model, section 5 the theory.
 Stop there: 6 and 7 make the table, the figure and the command line."""
 
 import math
@@ -39,7 +39,7 @@ from pathlib import Path
 # ==== 1. pass@N ===========================================================================================
 #
 # A model answers a problem by sampling. Let p be the probability that one try is right. Give the model N tries, and
-# count the problem as solved if any of them is right: it fails only if all N fail, with probability (1 - p)^N.
+# count the problem as solved if any of them is right. All N fail with probability (1 - p)^N.
 
 def pass_at_n(p, N):
     """pass@N = 1 - (1 - p)^N of each problem, exactly.
@@ -83,14 +83,14 @@ def estimate_pass_at_n(num_samples, num_correct, N):
 
 # ==== 2. The losses =======================================================================================
 #
-# Cross-entropy, -log p, asks that the first try be right. With N tries, ask that any of them be right: minus the
-# logarithm of pass@N. That is the whole idea. What it changes shows in the gradient:
+# Cross-entropy, -log p with p of the right answer, asks that the first try be right. With N tries, ask that any of them
+# be right: minus the logarithm of pass@N. That is the whole idea. What it changes shows in the gradient:
 #
 #     d/dθ [-log(1 - (1 - p)^N)] = F(N, p) · d/dθ [-log p],      F(N, p) = N p (1 - p)^(N-1) / (1 - (1 - p)^N)
 #
 # This is the chain rule, with dp = p · d log p. Where p is small, (1 - p)^N is e^(-N p), and F depends on u = N p
 # alone, the number of right answers to expect among N: F ≈ u / (e^u - 1). While p is far below 1/N, F is 1, and the
-# example pulls as it does under cross-entropy. Around 1/N the pull fades: F is 0.58 at p = 1/N, 0.16 at 3/N, 0.03 at
+# example pulls as it does under cross-entropy. Around 1/N the pull fades: F ≈ 0.58 at p = 1/N, 0.16 at 3/N, 0.03 at
 # 5/N. So an example that N tries solve gets almost no gradient, and the model grows little surer of it: the loss limits
 # confidence. With N = 1, F is 1 for every p: that is cross-entropy.
 
@@ -100,11 +100,11 @@ def dco_loss(log_p, N):
     log_p: (B,) log-probabilities of the right answers, each the sum over the answer's tokens; N: a number, or (B,) one
     for each example. Returns (B,), in the dtype of log_p: take the mean and call backward. Exact to 1e-5 in float32 and
     1e-12 in float64, for N to 1,000,000 and log_p to -2000, where p itself has long underflowed. Raises ValueError for
-    N < 1, for integers, and for log_p > 0, which is no log-probability (a loss, perhaps: change its sign)."""
+    N < 1, for log_p of integers, and for log_p > 0, which is no log-probability (a loss, perhaps: change its sign)."""
     # return -torch.log(1 - (1 - p) ** N)   # for p = log_p.exp(): the same, but infinite where p is tiny: 1 - p is 1
     x, N, log_fail = checked(log_p, N)
-    rest = x.clamp(min=-50) - x  # where p < e^-50, the loss is a straight line in log p, and goes on with slope -1
-    return torch.where(N == 1, -x, rest - log1mexp(N * log_fail)).to(log_p)
+    rest = x.clamp(min=-50) - x  # where p < e^-50: go on as a straight line in log p, slope -1
+    return torch.where(N == 1, -x, rest - log1mexp(N * log_fail)).to(log_p)  # N = 1: slope -1 at p = 1, too
 
 
 def overconfidence_factor(log_p, N):
@@ -119,7 +119,7 @@ def overconfidence_factor(log_p, N):
 
 
 def checked(log_p, N):
-    """log p, N and log(1 - p), in float64. The last would be -inf at p = 1, 0 below e^-50: log p is clamped first."""
+    """log p, N and log(1 - p), in float64. Where p is 1 or e^-50 and less, log(1 - p) is that of a neighbour."""
     require(log_p.is_floating_point(), "log_p is a tensor of floating-point numbers")
     require(not (log_p > 1e-3).any(), "log_p is a log-probability, 0 or less: is its sign lost?")
     x = as_float64(log_p)
@@ -134,21 +134,20 @@ def log1mexp(x):
     return torch.where(near_zero, by_expm1, by_log1p)
 
 
-# Reinforcement learning with a verifier climbs something else: not the mean of log pass@N, but the mean of pass@N
-# itself. With N = 1 that is the mean of p, the usual reward. Each loss is a weight on d log p, and there are two dials:
+# Reinforcement learning with a verifier climbs the mean of pass@N, not of its logarithm; usually with N = 1, the mean
+# of p. Each loss is a weight on d log p, and there are two dials:
 #
 #                            N = 1                     N = 64
 #     mean of log pass@N     1: cross-entropy          F(N, p): the limited loss
 #     mean of pass@N         p: the usual reward       N p (1 - p)^(N-1), which is pass@N times F
 #
-# The row says how much hard examples count: fully under the log, however small their p; in proportion to pass@N under
-# the mean, next to nothing. The column says whether easy examples let go: with N = 64 they do, with N = 1 only
-# at p = 1.
+# The row sets how much hard examples count: fully under the log, however small their p; in proportion to pass@N under
+# the mean. The column sets whether easy ones stop pulling: with N = 64 beyond a few 1/64, with N = 1 never.
 
 def reward_loss(log_p, N):
     """Minus the mean pass@N of a batch, a scalar. Reinforcement learning for pass@N climbs this mean, by estimates;
     here its gradient is exact. log_p: (B,); N and errors as in `dco_loss`. Computed in float64."""
-    log_pass = -dco_loss(as_float64(log_p), N)  # from which e^x loses no digit
+    log_pass = -dco_loss(as_float64(log_p), N)  # through the logarithm the gradient is finite at p = 1
     return -log_pass.exp().mean().to(log_p)
 
 
@@ -173,10 +172,10 @@ LOSSES = {  # from the batch's log_p (B,) and N to the number that is minimized
 
 # ==== 3. A small GPT ======================================================================================
 #
-# The usual decoder: token and position embeddings, blocks of attention and MLP, logits for the next token. What tasks
-# need of it are two methods: the probability of a given answer, and sampled answers. Two things save time and change no
-# number. `last`: where only the last few logits are wanted (the answer's), the last block computes only those; 0 means
-# all. `past`: the keys and values of what was read before are kept, while sampling, and for texts that begin alike.
+# The usual decoder: token and position embeddings, blocks of attention and MLP, logits for the next token. Tasks ask it
+# for the probability of a given answer, and for sampled answers. Two things save time and change no number. `last`: the
+# last block computes only the last few positions, the answer's (0: all). `past`: the keys and values of what was read
+# before are kept, while sampling, and where many texts begin alike.
 
 class Block(nn.Module):
     def __init__(self, n_embd, n_head):
@@ -196,7 +195,7 @@ class Block(nn.Module):
         def heads(t):  # (…, T, C) -> (…, heads, T, C / heads)
             return t.unflatten(-1, (self.n_head, -1)).transpose(-3, -2)
         normed = self.ln_1(x)
-        q = heads(self.query(normed[:, -last:]))
+        q = heads(self.query(normed[:, -last:]))  # all, if last is 0: -0 is 0
         keys_values = heads(torch.stack(self.key_value(normed).chunk(2, dim=-1)))
         if past is not None:
             keys_values = torch.cat([past, keys_values], dim=-2)
@@ -233,8 +232,7 @@ class GPT(nn.Module):
         x = self.token_embedding(tokens) + self.position_embedding.weight[start:start + tokens.shape[1]]
         present = []
         for i, block in enumerate(self.blocks):
-            is_last = block is self.blocks[-1]
-            x, keys_values = block(x, last if is_last else 0, past and past[i])
+            x, keys_values = block(x, last if block is self.blocks[-1] else 0, past and past[i])
             present.append(keys_values)
         return self.head(self.ln(x)), present
 
@@ -244,8 +242,8 @@ class GPT(nn.Module):
         texts = torch.cat([prompts, answers[:, :-1]], dim=1)
         logits = self.read(texts, answers.shape[1])[0].cpu()
         log_ps = []
-        for T in np.atleast_1d(temperature):
-            losses = cross_entropy(logits.mT / T, answers, ignore_index=PAD, reduction="none")
+        for each in np.atleast_1d(temperature):
+            losses = cross_entropy(logits.mT / each, answers, ignore_index=PAD, reduction="none")
             log_ps.append(-losses.sum(dim=1))
         return torch.stack(log_ps).squeeze(0)
 
@@ -263,7 +261,7 @@ class GPT(nn.Module):
             answers.append(tokens)
         answers = torch.cat(answers, dim=1).cpu()
         is_end = answers == END
-        return answers.masked_fill(is_end.cumsum(dim=1) > is_end, PAD)
+        return answers.masked_fill(is_end.cumsum(dim=1) > is_end, PAD)  # behind the first END
 
 # ==== 4. Training =========================================================================================
 #
@@ -276,22 +274,23 @@ class GPT(nn.Module):
 #             optimizer.step()
 #             optimizer.zero_grad()
 #
-# In earnest a task, from toy_tasks.py, gives log p of training examples, p of all test problems, and tries to look at.
-# What is imitated may be a part of a try, such as one step of a proof. F is always that of the whole try.
+# In the real loop a task, from toy_tasks.py, gives log p of training examples, p of all test problems, and tries to
+# look at. What is imitated may be a part of a try, such as one step of a proof. Then the task's log_p has the gradient
+# of the step's log p, but the value of the whole try's, which F depends on; `refresh` brings that value up to date.
 #
-# F gets small, but never zero, and Adam divides a gradient by its own recent size: small gradients make full-size steps
-# once all are small, and p drifts on. Two things hold it back. Adam's `eps`, far above the usual 1e-8, leaves small
-# gradients small. And training passes over the examples that N tries already solve (F < 0.1: p beyond about 3.6/N), as
-# the paper's own code does. The others wait in a queue, and each update takes a full batch of them.
+# F shrinks, but stays above zero, and Adam divides a gradient by its own recent size: once all gradients are small,
+# steps are full-size again, and p drifts on. Two things hold it back. Adam's `eps`, far above the usual 1e-8, leaves
+# small gradients small. And training passes over (skips) the examples that N tries already solve, those with F < 0.1,
+# which is p beyond about 3.6/N, as the paper's own code does. The others wait in a queue until they fill a batch.
 
 SETTINGS = {  # of every task, unless it says otherwise. Each is a flag, --learning-rate 3e-3; its comment is the help
     "epochs": 100,  # times through the training examples
-    "evaluations": 10,  # number of measurements, at equal distances
+    "evaluations": 10,  # how many measurements, about, at equal distances
     "batch_size": 50,  # examples in one update
     "learning_rate": 3e-3,  # at its peak
     "weight_decay": 0.0,  # AdamW's
     "eps": 1e-3,  # Adam's
-    "pass_over": 0.1,  # the limited loss passes over examples with F(N, p) below this; 0: over none
+    "pass_over": 0.1,  # the limited loss passes over examples with F(N, p) below this; 0: none
     "n_layer": 2,  # blocks of the model
     "n_head": 4,  # attention heads
     "n_embd": 64,  # width of the model
@@ -306,21 +305,21 @@ def train(task, loss="limited", N=64, seed=0, out="", device="cpu", place=0, **c
     ValueError where a setting does not fit, and FloatingPointError where training diverges."""
     N = 1 if loss == "ce" else N  # cross-entropy has no other
     config = configure(task, loss, N=N, seed=seed, **changes)
-    c = SimpleNamespace(**config)
+    settings = SimpleNamespace(**config)
     torch.manual_seed(seed)
     problems = TASKS[task](**config)
-    require(c.batch_size <= problems.size, f"batch_size = {c.batch_size}: there are {problems.size} training examples")
-    model = problems.new_model(GPT, c.n_layer, c.n_head, c.n_embd).to(device)
-    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.99), eps=c.eps,
-                                  weight_decay=c.weight_decay, fused=device != "mps")
+    require(settings.batch_size <= problems.size, f"batch_size: there are only {problems.size} training examples")
+    model = problems.new_model(GPT, settings.n_layer, settings.n_head, settings.n_embd).to(device)
+    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.99), eps=settings.eps,
+                                  weight_decay=settings.weight_decay, fused=device != "mps")
     run = new_run(task, loss, N, seed, config, problems)
     order = torch.Generator().manual_seed(seed)  # of the examples, the same for every loss
     queue, updates, start = torch.arange(0), 0, time.perf_counter()
 
-    for epoch in tqdm(range(c.epochs + 1), f"{run['label']}, seed {seed}", leave=False,
+    for epoch in tqdm(range(settings.epochs + 1), f"{run['label']}, seed {seed}", leave=False,
                       position=place, disable=not sys.stderr):
-        is_last = epoch == c.epochs
-        is_measured = is_last or epoch % math.ceil(c.epochs / c.evaluations) == 0
+        is_last = epoch == settings.epochs
+        is_measured = is_last or epoch % math.ceil(settings.epochs / settings.evaluations) == 0
         if is_measured or loss != "ce":
             problems.refresh(model, epoch)
         if is_measured:
@@ -331,19 +330,19 @@ def train(task, loss="limited", N=64, seed=0, out="", device="cpu", place=0, **c
                 save(run, out, is_last)
         if is_last:
             break
-        parts = torch.randperm(problems.size, generator=order).split(c.batch_size)
+        parts = torch.randperm(problems.size, generator=order).split(settings.batch_size)
         for i, examples in enumerate(parts):
-            if loss == "limited" and c.pass_over > 0:
+            if loss == "limited" and settings.pass_over > 0:
                 with torch.no_grad():
                     factor = overconfidence_factor(problems.log_p(model, examples), N)
-                examples = examples[factor >= c.pass_over]
+                examples = examples[factor >= settings.pass_over]
             queue = torch.cat([queue, examples])
-            if len(queue) < c.batch_size:
+            if len(queue) < settings.batch_size:
                 continue
-            batch, queue = queue[:c.batch_size], queue[c.batch_size:]
+            batch, queue = queue[:settings.batch_size], queue[settings.batch_size:]
             LOSSES[loss](problems.log_p(model, batch), N).backward()
-            progress = (epoch + i / len(parts)) / c.epochs
-            optimizer.param_groups[0]["lr"] = c.learning_rate * schedule(progress)
+            progress = (epoch + i / len(parts)) / settings.epochs
+            optimizer.param_groups[0]["lr"] = settings.learning_rate * schedule(progress)
             optimizer.step()
             optimizer.zero_grad()
             updates += 1
@@ -358,11 +357,12 @@ def schedule(progress):
 
 @torch.no_grad()
 def evaluate(problems, model, loss, N):
-    """Loss and mean p of the first training examples; of the test problems the mean confidence, and p of each."""
+    """Loss and mean p of the first training examples; of the test problems p, and the mean confidence, which is the
+    probability that the model gives its own greedy answer, right or wrong."""
     log_p = problems.log_p(model, torch.arange(problems.size)[:500])
-    p, confidence = problems.measure(model)
     if log_p.isnan().any():
         raise FloatingPointError("diverged: try a smaller --learning-rate or --weight-decay")
+    p, confidence = problems.measure(model)
     return {"loss": LOSSES[loss](log_p, N).item(), "train_p": log_p.exp().mean().item(),
             "confidence": confidence.mean().item(),
             "p": [[float(f"{value:.6g}") for value in values] for values in p.tolist()]}
@@ -376,11 +376,11 @@ def evaluate(problems, model, loss, N):
 # profit: every answer in use has the same marginal gain λ, and one that gets nothing would gain less.
 
 def optimal_policy(f, N, power=1):
-    """The policy q that maximizes pass@N over Σ_i q_i = 1. The reward loss, minus pass@N, tends to it.
-
+    """The policy q that maximizes pass@N over Σ_i q_i = 1. The reward loss tends to it.
     The gain is N f_i (1 - q_i)^(N-1), so q_i = max(0, 1 - (λ / N f_i)^(1/(N-1))): water-filling. The larger N, the
-    flatter. With N = 1 all of q is on the likeliest answer. For any power of pass@N, the gain has a factor of
-    pass@N(q_i)^(power - 1). It falls with q, so a table of its logarithm gives q for any λ, and bisection finds λ.
+    flatter. With N = 1 all of q is on the likeliest answer. For Σ_i f_i pass@N(q_i)^power, power below 1 (0: its
+    logarithm), the gain has a factor of pass@N(q_i)^(power - 1). It falls with q: a table of its logarithm gives q for
+    any λ, and bisection finds log λ.
     f: (K,) numbers from 0 on, not all 0, of any scale. Returns (K,), float64 numpy, sum 1. Raises ValueError for any
     other f, and for N < 1."""
     f, N = np.asarray(f, dtype=np.float64), number_of_tries(N).item()
@@ -400,7 +400,6 @@ def optimal_policy(f, N, power=1):
 
 def limited_policy(f, N):
     """The policy q that minimizes the limited loss, Σ_i f_i L_N(q_i) over Σ_i q_i = 1: where that loss tends.
-
     The gain is f_i F(N, q_i) / q_i. Where q_i ≪ 1/N, that is f_i / q_i: q is in proportion to f, as under cross-entropy
     (N = 1: q = f). Beyond 1/N it is held back. No answer is given up. Arguments and errors as in `optimal_policy`."""
     return optimal_policy(f, N, power=0)
@@ -524,7 +523,7 @@ def print_table(rows, N):
 def print_tries(rows):
     """What 64 tries at the first three test problems gave under each loss: overconfidence to the naked eye."""
     print("64 tries at the first three test problems, and how often the commonest came:")
-    runs = [run for row in rows for run in row if run["seed"] == rows[0][0]["seed"]]
+    runs = [row[0] for row in rows if row[0]["tries"][0][0] == rows[0][0]["tries"][0][0]]
     for same_problem in zip(*(run["tries"] for run in runs)):
         print(same_problem[0][0])
         for run, (_, num_right, tries) in zip(runs, same_problem):
