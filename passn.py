@@ -523,7 +523,8 @@ def print_table(rows, N):
 def print_tries(rows):
     """What 64 tries at the first three test problems gave under each loss: overconfidence to the naked eye."""
     print("64 tries at the first three test problems, and how often the commonest came:")
-    runs = [row[0] for row in rows if row[0]["tries"][0][0] == rows[0][0]["tries"][0][0]]
+    (first, *_), *_ = rows[0][0]["tries"]
+    runs = [row[0] for row in rows if row[0]["tries"][0][0] == first]
     for same_problem in zip(*(run["tries"] for run in runs)):
         print(same_problem[0][0])
         for run, (_, num_right, tries) in zip(runs, same_problem):
@@ -680,7 +681,7 @@ def run_job(job, place=0):
         print(f"{name}: {run['history'][-1]['seconds']:.0f} s", file=sys.stderr)
         return True
     except (ArithmeticError, MemoryError, OSError, RuntimeError, ValueError) as error:
-        print(f"{name}:", str(error).partition("\n")[0] or repr(error), file=sys.stderr)
+        print(f"{name}: {(str(error) or repr(error)).splitlines()[0]}", file=sys.stderr)
         return False
 
 
