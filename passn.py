@@ -543,7 +543,7 @@ def draw(rows, N):
     shares = at_end / np.maximum(np.max(at_end, axis=0), 1e-9)
     for row, share in zip(rows, shares):
         run = row[0]
-        alpha = 255 if run["loss"] == "ce" else 255 - 150 / run["N"] ** 0.3  # paler for fewer tries
+        alpha = 255 if run["loss"] == "ce" else 255 - 110 / run["N"] ** 0.2  # paler for fewer tries
         color = f"{COLORS.get(run['loss'], '#CC79A7')}{int(alpha):02x}"
         pass_N = stack(row, N)[..., 0]
         for place, values in (("N", pass_N), ("1", stack(row, 1)[..., 0]),
@@ -557,10 +557,10 @@ def draw(rows, N):
     for name, values in (*best, *baselines_at(rows, N).items()):
         panels["N"].axhline(values.mean(), color="grey", linestyle=":")
         ends[name] = values.mean(), "grey"
-    height, at_right_end = -1, panels["N"].get_yaxis_transform()
-    for name in sorted(ends, key=ends.get):  # beside each line its name, none over another
+    height, at_right_end = 2, panels["N"].get_yaxis_transform()
+    for name in sorted(ends, key=ends.get)[::-1]:  # beside each line its name, none over another
         end, color = ends[name]
-        height = max(end, height + 0.06)
+        height = min(end, height - 0.06)
         panels["N"].text(1.02, height, name, color=color, va="center", transform=at_right_end, in_layout=False)
     panels["c"].axhline(1 / N, color="grey", linestyle=":")
     panels["N"].set(title=f"pass@{N} on test problems", xlabel="epoch", ylim=(0, 1))
@@ -592,7 +592,7 @@ def draw_theory(N):
                  yscale="log", ylim=1e-4)
     c = np.geomspace(0.002, 1, 1000)
     for n in COLUMNS:
-        pass_at_c, grey = confident_pass_at_n(c, n, a=0.1, K=500), f"{0.75 - math.log2(n) / 12}"
+        pass_at_c, grey = confident_pass_at_n(c, n, 0.1, 500), f"{0.75 - math.log2(n) / 12}"
         best = pass_at_c.argmax()
         confidence.plot(c, pass_at_c, marker="o", markevery=[best], color=grey, label=f"N = {n}")
     confidence.set(title="the best confidence (dot) falls as N grows,\nif the favourite of 500 is right in a tenth",
