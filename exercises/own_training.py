@@ -130,8 +130,7 @@ def verl_advantages(token_level_rewards, response_mask, index, N=8, **_):
     groups = [[row for row, other in enumerate(problems) if other == problem] for problem in {*problems}]
     for rows in groups:
         if len(rows) >= min(N, max(map(len, groups))):
-            weights = advantages(token_level_rewards[rows].sum(dim=1)[None], N).T
-            result[rows] = len(rows) * weights * response_mask[rows]
+            result[rows] = len(rows) * advantages(token_level_rewards[rows].sum(dim=1)[None], N).T * response_mask[rows]
     return result, result
 
 
@@ -140,8 +139,9 @@ def demo(name):
     torch.set_num_threads(1)  # more are slower
     if name == "sft":  # products of two numbers: answers of four digits, without an end token
         task, recipe = TASKS["multiply"](0, num_train=1000, num_test=500), (LimitedLoss, transformers.Trainer)
-        rows = [{"input_ids": torch.cat(row), "labels": pad(row[1], (6, 0), value=-100)} for row in zip(*task.train)]
-        data, ids, labels = {"train_dataset": rows}, torch.cat(task.test, 1), pad(task.test[1], (6, 0), value=-100)
+        ids, labels = torch.cat(task.test, dim=1), pad(task.test[1], (6, 0), value=-100)
+        train = zip(torch.cat(task.train, dim=1), pad(task.train[1], (6, 0), value=-100))
+        data = {"train_dataset": [{"input_ids": row, "labels": row_labels} for row, row_labels in train]}
         config, settings, Ns = transformers.TrainingArguments, {"max_steps": 500, "learning_rate": 4e-3}, (1, 64)
     else:  # a question, and of 12 letters the r-th is the right answer 12 // r times
         labels = torch.tensor([[-100, 7 + r] for r in range(1, 13) for _ in range(12 // r)])
