@@ -48,7 +48,7 @@ def pass_at_n(p, N):
     on the CPU, nan where p is nan. Computed through log(1 - p), so that p = 1e-12 and N = 1,000,000 lose no digit.
     Raises ValueError where p is not within 0 and 1 (rounding errors of a millionth pass) or N < 1."""
     p, N = as_float64(p), number_of_tries(N)
-    require(not ((p < -1e-6) | (p > 1 + 1e-6)).any(), "p is a probability, from 0 to 1")
+    require(not (abs(p - 0.5) > 0.500001).any(), "p is a probability, from 0 to 1")
     return -torch.expm1(N * torch.log1p(-p.clamp(0, 1)))
 
 
@@ -160,7 +160,7 @@ def pass_at_n_weights(num_samples, num_correct, N):
     once more. A wrong try weighs 0, and no baseline need be subtracted. With N = 1, w = 1/n: plain REINFORCE.
     Arguments, shapes and errors as in `estimate_pass_at_n`. Source: Walder and Karkhanis 2025, arXiv 2505.15201."""
     n, c, N = as_float64(num_samples), as_float64(num_correct), number_of_tries(N)
-    others_solve = estimate_pass_at_n(n - 1, (c - 1).clamp(min=0), N - 1)
+    others_solve = estimate_pass_at_n(n - 1, c - 1 * (c > 0), N - 1)
     return (c > 0) * N / n * (1 - others_solve)
 
 
@@ -306,6 +306,7 @@ def train(task, loss="limited", N=64, seed=0, out="", device="cpu", place=0, **c
     N = 1 if loss == "ce" else N  # cross-entropy has no other
     config = configure(task, loss, N=N, seed=seed, **changes)
     settings = SimpleNamespace(**config)
+    N, seed = settings.N, settings.seed
     torch.manual_seed(seed)
     problems = TASKS[task](**config)
     require(settings.batch_size <= problems.size, f"batch_size: there are only {problems.size} training examples")
@@ -315,7 +316,6 @@ def train(task, loss="limited", N=64, seed=0, out="", device="cpu", place=0, **c
     run = new_run(task, loss, N, seed, config, problems)
     order = torch.Generator().manual_seed(seed)  # of the examples, the same for every loss
     queue, updates, start = torch.arange(0), 0, time.perf_counter()
-
     for epoch in tqdm(range(settings.epochs + 1), f"{run['label']}, seed {seed}", leave=False,
                       position=place, disable=not sys.stderr):
         is_last = epoch == settings.epochs
@@ -414,8 +414,7 @@ def confident_pass_at_n(c, N, a, K):
 
 # ==== 6. Runs, table and figures ==========================================================================
 #
-# Nothing from here on is needed to understand the rest. A run holds p of every test problem, and so pass@N for every N.
-# The table and the figure are made from saved runs alone.
+# Nothing from here on is needed to understand the rest. Table and figure are made from saved runs: p of every problem.
 
 COLUMNS = [1, 8, 64, 512]  # numbers of tries that figures mark, and that --frontier trains for
 COLORS = {"ce": "#D55E00", "limited": "#0072B2", "reward": "#009E73"}  # for the colour-blind (Okabe, Ito)
@@ -523,7 +522,7 @@ def print_table(rows, N):
 def print_tries(rows):
     """What 64 tries at the first three test problems gave under each loss: overconfidence to the naked eye."""
     print("64 tries at the first three test problems, and how often the commonest came:")
-    (first, *_), *_ = rows[0][0]["tries"]
+    first = rows[0][0]["tries"][0][0]
     runs = [row[0] for row in rows if row[0]["tries"][0][0] == first]
     for same_problem in zip(*(run["tries"] for run in runs)):
         print(same_problem[0][0])
@@ -553,15 +552,17 @@ def draw(rows, N):
         panels["n"].plot(ns, share, marker="o", color=color,
                          markevery=[abs(ns - run["N"]).argmin()])
         ends[run["label"]] = pass_N[:, -1].mean(), color
-    best = zip((f"{rows[0][0]['label']}: best epoch", f"{rows[0][0]['label']}: best epoch, T"), at_best(rows[0], N))
-    for name, values in (*best, *baselines_at(rows, N).items()):
+    names = f"{rows[0][0]['label'].partition(',')[0]}: best epoch", "the same, and best temperature"
+    for name, values in (*zip(names, at_best(rows[0], N)),
+                         *baselines_at(rows, N).items()):
         panels["N"].axhline(values.mean(), color="grey", linestyle=":")
         ends[name] = values.mean(), "grey"
-    height, at_right_end = 2, panels["N"].get_yaxis_transform()
+    height = 2
     for name in sorted(ends, key=ends.get)[::-1]:  # beside each line its name, none over another
         end, color = ends[name]
         height = min(end, height - 0.06)
-        panels["N"].text(1.02, height, name, color=color, va="center", transform=at_right_end, in_layout=False)
+        panels["N"].text(1.02, height, name, color=color, va="center", in_layout=False,
+                         size=min(10, 360 / max(map(len, ends))), transform=panels["N"].get_yaxis_transform())
     panels["c"].axhline(1 / N, color="grey", linestyle=":")
     panels["N"].set(title=f"pass@{N} on test problems", xlabel="epoch", ylim=(0, 1))
     panels["1"].set(title="pass@1", xlabel="epoch", ylim=0)
@@ -651,10 +652,9 @@ def parse_arguments(argv):
     add("--frontier", dest="N", action="store_const", const=COLUMNS, help=f"short for --N {COLUMNS}")
     args = parser.parse_args(argv)
     changes = {name: value for name, value in vars(args).items() if settings.get(name, value) != value}
-    require(not args.theory
-            or args == parser.parse_args(["--theory", "--out", args.out, "--N", str(max(2, *args.N))]),
-            "--theory trains nothing: give it --out and one --N from 2 on, no more")
-    require(1 <= args.seeds <= 1000 and args.tries >= 1, "--seeds is from 1 to 1,000, --tries from 1")
+    plain = parser.parse_args(["--theory", f"--out={args.out}", f"--N={max(2, *args.N)}"])
+    require(args == plain or not args.theory, "--theory trains nothing: give it --out and one --N from 2 on, no more")
+    require(1 <= args.seeds <= 1000 and 1 <= args.tries <= 1e6, "--seeds is from 1 to 1,000, --tries to 1,000,000")
     jobs = {}
     for seed, loss, N in product(range(args.seed, args.seed + args.seeds), args.loss, args.N):
         if loss == "ce" or (loss, N) == ("limited", 1):

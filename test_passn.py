@@ -185,6 +185,7 @@ probability: pass_at_n(1.1, 8) | pass_at_n(-0.1, 8)
 1 or more: overconfidence_factor(x, nan) | optimal_policy([0.5, 0.5], 0)
 draw at least: estimate_pass_at_n(10, 1, 11) | pass_at_n_weights(8, 1, 64)
 num_correct: estimate_pass_at_n(10, 11, 2) | estimate_pass_at_n(10, -1, 2) | estimate_pass_at_n(10.5, 1, 2)
+num_correct: pass_at_n_weights(5, 0.5, 2) | pass_at_n_weights(5, -1, 2)
 sign: dco_loss(-x, 64) | overconfidence_factor(-x, 64) | reward_loss(-x, 8)
 floating: dco_loss(x.long(), 64)
 not all 0: optimal_policy([0.0, 0.0], 8) | limited_policy([0.5, -0.1], 8) | limited_policy([0.5, nan], 8)
@@ -548,6 +549,7 @@ None: $\boxed 5,000$ | $\boxed 3 + 4$ | \boxed{1{,}008} | \boxedx{3}
 5: \boxed{5}. Now \boxed is a word | \boxed{5}_6
 17: \boxed {17}
 None: \boxed{512}\,i | $\boxed{5},000$ | $\frac{\boxed{3}}{4}$ | $\frac{3}{\boxed{4}}$ | $-\boxed{5}$ | \boxed{5}.5
+None: -$\boxed{5}$ | $1,\boxed{500}$ | $\boxed{5}{,}000$ | $\boxed{3}\frac12$ | $\boxed{3} \times 10^3$ | $\sqrt{\boxed{5}}$
 None: $35\boxed{680}$ | $2/\boxed{3}$ | $\boxed{3}/4$ | $\boxed{2}\sqrt{3}$ | $\boxed{2}\pi$
 45: \boxed{45}^\circ
 21: \boxed{21}\text{ cm}
@@ -739,7 +741,7 @@ def test_the_figure(rows):
     assert bars == approx([2 * 0.1875, 2 * 0.15625])  # ± a standard error
     names = sorted((text.get_position()[1], text.get_text(), text.get_color()) for text in large.texts)
     heights, labels, colors = zip(*names)
-    assert labels == ("a guesser", "ce N=1", "ce N=1: best epoch", "ce N=1: best epoch, T", "limited N=2")
+    assert labels == ("a guesser", "ce N=1", "ce N=1: best epoch", "the same, and best temperature", "limited N=2")
     assert colors[0] == colors[2] == "grey" and min(np.diff(heights)) > 0.059  # none over another
     assert colors[1] == passn.COLORS["ce"] + "ff" and colors[4].startswith(passn.COLORS["limited"])
 

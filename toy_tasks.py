@@ -558,8 +558,8 @@ def integer_answer(solution):
     stands in \\boxed{...}, \\fbox{...} or, without braces, between \\boxed and the next dollar. Several boxes must have
     the same in all of them, and in none may the number go on outside, as in -\\boxed{5} and \\boxed{5},000."""
     box = r"\\(?:boxed|fbox)(?![A-Za-z])\s*(?:\{([^}]*)\}|(-?\d[^$\\]*))"
-    before = r"(?:[-\d/]|frac\{|\}\{)\s*"
-    behind = r"(?:\$?[.,]?\d|\$?/|\}\{|(?:\\[,;! ]|\s)*(?:i\b|\\pi|\\sqrt))"
+    before = r"(?:[-\d/]\$?|\d,|(?:frac|\}|\^|sqrt)\{)\s*"
+    behind = r"(?:\$?[.,]?\d|\{,\}\d|\$?/|\}\{|(?:\\[,;! ]|\s)*(?:\d|i\b|\\(?:pi|sqrt|times|[dt]?frac\d)))"
     if re.search(f"{before}{box}|{box}{behind}", solution):
         return None
     boxes = re.findall(box, solution)
@@ -577,7 +577,7 @@ def read_math(directory, split):
             for part in text.split("\n") if path.suffix == ".jsonl" else [text]:
                 if part.strip():
                     example = json.loads(part)
-                    examples.append({key: example[key] for key in ("problem", "solution")})
+                    examples.append({key: example[key] + "" for key in ("problem", "solution")})
         except (ValueError, LookupError, TypeError) as error:
             raise ValueError(f"{path}: no JSON with a problem and a solution ({error!r})") from None
     require(examples, f"no MATH problems in {directory}: it needs {split}.jsonl with one object a line, or "
