@@ -66,11 +66,10 @@ def number_of_tries(N):
 
 
 def estimate_pass_at_n(num_samples, num_correct, N):
-    """Unbiased estimate of pass@N from n samples of which c were right, for when p is unknown:
-    1 - C(n - c, N) / C(n, N) = 1 - Π_{j<c} (1 - N / (n - j)): of all ways to choose N of the n samples, the share with
-    a right one among them. (Putting c / n for p into the formula above would be biased.) Each argument: a whole number,
-    or a row or tensor of them; together they give the shape. Returns float64 on the CPU. Raises ValueError where N > n
-    or c is not within 0 and n. Source: Chen et al. 2021, arXiv 2107.03374."""
+    """Unbiased estimate of pass@N from n samples, c of them right, where p is unknown: of all choices of N samples, the
+    share that holds a right one, 1 - C(n - c, N) / C(n, N) = 1 - Π_{j<c} (1 - N / (n - j)). Each argument: a whole
+    number, or a row or tensor of them; they broadcast. Returns float64 on the CPU. Raises ValueError where N > n or c
+    is not within 0 and n. Source: Chen et al. 2021, arXiv 2107.03374."""
     n, c, N = as_float64(num_samples), as_float64(num_correct), as_float64(N)
     is_whole = n % 1 + c % 1 + N % 1 == 0
     is_possible = is_whole & (0 <= c) & (c <= n) & (0 <= N) & (N <= n)
@@ -89,7 +88,7 @@ def estimate_pass_at_n(num_samples, num_correct, N):
 #     d/dθ [-log(1 - (1 - p)^N)] = F(N, p) · d/dθ [-log p],      F(N, p) = N p (1 - p)^(N-1) / (1 - (1 - p)^N)
 #
 # This is the chain rule, with dp = p · d log p. Where p is small, (1 - p)^N is e^(-N p), and F depends on u = N p
-# alone, the number of right answers to expect among N: F ≈ u / (e^u - 1). While p is far below 1/N, F is 1, and the
+# alone, the number of right answers to expect among N: F ≈ u / (e^u - 1). While p is far below 1/N, F ≈ 1, and the
 # example pulls as it does under cross-entropy. Around 1/N the pull fades: F ≈ 0.58 at p = 1/N, 0.16 at 3/N, 0.03 at
 # 5/N. So an example that N tries solve gets almost no gradient, and the model grows little surer of it: the loss limits
 # confidence. With N = 1, F is 1 for every p: that is cross-entropy.
@@ -98,10 +97,11 @@ def dco_loss(log_p, N):
     """The limited loss (the paper's Direct Coverage Optimization): L_N = -log(1 - (1 - p)^N) of each example, in nats.
 
     log_p: (B,) log-probabilities of the right answers, each the sum over the answer's tokens; N: a number, or (B,) one
-    for each example. Returns (B,), in the dtype of log_p: take the mean and call backward. Exact to 1e-5 in float32 and
-    1e-12 in float64, for N to 1,000,000 and log_p to -2000, where p itself has long underflowed. Raises ValueError for
-    N < 1, for log_p of integers, and for log_p > 0, which is no log-probability (a loss, perhaps: change its sign)."""
-    # return -torch.log(1 - (1 - p) ** N)   # for p = log_p.exp(): the same, but infinite where p is tiny: 1 - p is 1
+    for each example. Returns (B,), in the dtype of log_p: take the mean and call backward. Relative error to 1e-5 in
+    float32, 1e-12 in float64, for N to 1,000,000 and log_p to -2000, where p itself has long underflowed. Raises
+    ValueError for N < 1, for log_p of integers, and for log_p > 0, which is no log-probability (a loss, perhaps: change
+    its sign)."""
+    # return -torch.log(1 - (1 - p) ** N)   # for p = log_p.exp(): the same, but infinite where 1 - p rounds to 1
     x, N, log_fail = checked(log_p, N)
     rest = x.clamp(min=-50) - x  # where p < e^-50: go on as a straight line in log p, slope -1
     return torch.where(N == 1, -x, rest - log1mexp(N * log_fail)).to(log_p)  # N = 1: slope -1 at p = 1, too
@@ -119,7 +119,7 @@ def overconfidence_factor(log_p, N):
 
 
 def checked(log_p, N):
-    """log p, N and log(1 - p), in float64. Where p is 1 or e^-50 and less, log(1 - p) is that of a neighbour."""
+    """log p, N and log(1 - p), in float64. log(1 - p) is taken for p within e^-50 and just below 1."""
     require(log_p.is_floating_point(), "log_p is a tensor of floating-point numbers")
     require(not (log_p > 1e-3).any(), "log_p is a log-probability, 0 or less: is its sign lost?")
     x = as_float64(log_p)
@@ -135,7 +135,7 @@ def log1mexp(x):
 
 
 # Reinforcement learning with a verifier climbs the mean of pass@N, not of its logarithm; usually with N = 1, the mean
-# of p. Each loss is a weight on d log p, and there are two dials:
+# of p. The gradient of each loss is d log p with a weight, which has two dials:
 #
 #                            N = 1                     N = 64
 #     mean of log pass@N     1: cross-entropy          F(N, p): the limited loss
@@ -157,7 +157,7 @@ def pass_at_n_weights(num_samples, num_correct, N):
         ∇ pass@N ≈ Σ_right w ∇ log π(try),      w = N/n · C(n - c, N - 1) / C(n - 1, N - 1).
 
     w is N/n times the unbiased estimate of (1 - p)^(N-1), the chance that N - 1 other tries all fail: the idea of F
-    once more. A wrong try weighs 0, and no baseline need be subtracted. With N = 1, w = 1/n: plain REINFORCE.
+    once more. A wrong try weighs 0. With N = 1, w = 1/n: plain REINFORCE.
     Arguments, shapes and errors as in `estimate_pass_at_n`. Source: Walder and Karkhanis 2025, arXiv 2505.15201."""
     n, c, N = as_float64(num_samples), as_float64(num_correct), number_of_tries(N)
     others_solve = estimate_pass_at_n(n - 1, c - 1 * (c > 0), N - 1)
@@ -270,20 +270,20 @@ class GPT(nn.Module):
 #     for epoch in range(epochs):
 #         for batch in torch.randperm(len(answers)).split(batch_size):
 #             log_p = model.log_p(prompts[batch], answers[batch])
-#             dco_loss(log_p, N).mean().backward()
+#             LOSSES[loss](log_p, N).backward()
 #             optimizer.step()
 #             optimizer.zero_grad()
 #
 # In the real loop a task, from toy_tasks.py, gives log p of training examples, p of all test problems, and tries to
-# look at. What is imitated may be a part of a try, such as one step of a proof. Then the task's log_p has the gradient
-# of the step's log p, but the value of the whole try's, which F depends on; `refresh` brings that value up to date.
+# look at. It may imitate a part of a try, such as one step of a proof. Then its log_p has the step's gradient, but the
+# whole try's value, on which F depends; `refresh` updates that value.
 #
 # F shrinks, but stays above zero, and Adam divides a gradient by its own recent size: once all gradients are small,
 # steps are full-size again, and p drifts on. Two things hold it back. Adam's `eps`, far above the usual 1e-8, leaves
-# small gradients small. And training passes over (skips) the examples that N tries already solve, those with F < 0.1,
-# which is p beyond about 3.6/N, as the paper's own code does. The others wait in a queue until they fill a batch.
+# small gradients small. And training passes over (skips) examples that N tries already solve, those with F < 0.1 (p
+# beyond 3.6/N, for large N), as the paper's own code does. The rest wait in a queue until they fill a batch.
 
-SETTINGS = {  # of every task, unless it says otherwise. Each is a flag, --learning-rate 3e-3; its comment is the help
+SETTINGS = {  # defaults of every task; each is a flag, --learning-rate 3e-3, and its comment is the flag's help
     "epochs": 100,  # times through the training examples
     "evaluations": 10,  # how many measurements, about, at equal distances
     "batch_size": 50,  # examples in one update
@@ -303,7 +303,7 @@ def train(task, loss="limited", N=64, seed=0, out="", device="cpu", place=0, **c
     model. `seed` decides the problems, the first weights and all chance. `changes` are to the task's settings:
     epochs=10. In the folder `out`, if given, the run is saved. `place` is the line of the progress bar. Raises
     ValueError where a setting does not fit, and FloatingPointError where training diverges."""
-    N = 1 if loss == "ce" else N  # cross-entropy has no other
+    N = 1 if loss == "ce" else N  # cross-entropy is N = 1
     config = configure(task, loss, N=N, seed=seed, **changes)
     settings = SimpleNamespace(**config)
     N, seed = settings.N, settings.seed
@@ -350,14 +350,14 @@ def train(task, loss="limited", N=64, seed=0, out="", device="cpu", place=0, **c
 
 
 def schedule(progress):
-    """The learning rate's share of its peak: up over the first 5 % of training, then a cosine down to a tenth."""
+    """The learning rate's share of its peak: a cosine down to a tenth, times a rise over the first 5 % of training."""
     warm_up = min(1, 0.01 + progress / 0.05)
     return warm_up * (0.55 + 0.45 * math.cos(math.pi * progress))
 
 
 @torch.no_grad()
 def evaluate(problems, model, loss, N):
-    """Loss and mean p of the first training examples; of the test problems p, and the mean confidence, which is the
+    """Loss and mean p on the first training examples; p and mean confidence on the test problems. Confidence is the
     probability that the model gives its own greedy answer, right or wrong."""
     log_p = problems.log_p(model, torch.arange(problems.size)[:500])
     if log_p.isnan().any():
@@ -369,20 +369,19 @@ def evaluate(problems, model, loss, N):
 
 # ==== 5. Theory ===========================================================================================
 #
-# Where a question has one answer that can be learned, cross-entropy learns it by heart, to p = 1; the limited loss's
-# pull fades around 1/N. Where the answer stays uncertain, their optima differ. To see that, take the network away. Let
-# there be many questions that the model cannot tell apart: answer i is right in a share f_i of them, and a policy q
-# gives it the probability q_i. Then pass@N = Σ_i f_i (1 - (1 - q_i)^N). At the optimum no probability can be moved at a
-# profit: every answer in use has the same marginal gain λ, and one that gets nothing would gain less.
+# With one answer that can be learned, both losses are least at p = 1, but the limited one hardly pulls beyond a few
+# 1/N. Where the answer stays uncertain, their optima differ. To see that, take the network away. Let there be many
+# questions that the model cannot tell apart: answer i is right in a share f_i of them, and a policy q gives it the
+# probability q_i. Then pass@N = Σ_i f_i (1 - (1 - q_i)^N). At the optimum no probability can be moved at a profit:
+# every answer in use has the same marginal gain λ, and an unused one gains no more.
 
 def optimal_policy(f, N, power=1):
-    """The policy q that maximizes pass@N over Σ_i q_i = 1. The reward loss tends to it.
-    The gain is N f_i (1 - q_i)^(N-1), so q_i = max(0, 1 - (λ / N f_i)^(1/(N-1))): water-filling. The larger N, the
-    flatter. With N = 1 all of q is on the likeliest answer. For Σ_i f_i pass@N(q_i)^power, power below 1 (0: its
-    logarithm), the gain has a factor of pass@N(q_i)^(power - 1). It falls with q: a table of its logarithm gives q for
-    any λ, and bisection finds log λ.
-    f: (K,) numbers from 0 on, not all 0, of any scale. Returns (K,), float64 numpy, sum 1. Raises ValueError for any
-    other f, and for N < 1."""
+    """The policy q that maximizes pass@N over Σ_i q_i = 1. The reward loss tends to it. The gain is N f_i (1 -
+    q_i)^(N-1), so q_i = max(0, 1 - (λ / (N f_i))^(1/(N-1))): water-filling. The larger N, the flatter. With N = 1 all
+    of q is on the likeliest answer. For Σ_i f_i pass@N(q_i)^power, power from 0 to 1 (0: its logarithm), the gain has a
+    factor of pass@N(q_i)^(power - 1). The gain falls with q: a table of its logarithm gives q for any λ, and bisection
+    finds log λ. f: (K,) numbers from 0 on, not all 0, of any scale. Returns (K,), float64 numpy, sum 1. Raises
+    ValueError for any other f, and for N < 1."""
     f, N = np.asarray(f, dtype=np.float64), number_of_tries(N).item()
     require(f.min() >= 0 < f.max() < math.inf, "f is a row of numbers from 0 on, not all 0")
     log_f = np.log(f / f.max() + 1e-300)
