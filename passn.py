@@ -541,7 +541,7 @@ def draw(rows, N):
     shares = at_end / np.maximum(np.max(at_end, axis=0), 1e-9)
     for row, share in zip(rows, shares):
         run = row[0]
-        alpha = 255 if run["loss"] == "ce" else 255 - 110 / run["N"] ** 0.2  # paler for fewer tries
+        alpha = 255 if run["loss"] == "ce" else 255 - 150 / run["N"] ** 0.25  # paler for fewer tries
         color = f"{COLORS.get(run['loss'], '#CC79A7')}{int(alpha):02x}"
         pass_N = stack(row, N)[..., 0]
         for place, values in (("N", pass_N), ("1", stack(row, 1)[..., 0]),
