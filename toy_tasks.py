@@ -494,6 +494,7 @@ def is_hard(theorem):
             and solve(theorem)[0] != [])
 
 
+@lru_cache(10_000)
 def truth(formula):
     """The worlds in which a formula is true, as the bits of a number: in world w, atom i is true where w has bit i."""
     if isinstance(formula, str):
