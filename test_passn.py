@@ -626,7 +626,8 @@ def test_solved_examples_are_passed_over_and_batches_are_full(monkeypatch):
         assert {*map(len, seen)} == {20}
         orders.append([*seen])
     passed, limited, reward, other_seed = orders
-    assert len(passed) == 9 and all(i % 2 for batch in passed for i in batch)
+    assert len(passed) == 9
+    assert all(i % 2 for batch in passed for i in batch)
     assert limited == reward and len(reward) == len(other_seed) == 19
     assert sorted(reward[0]) != reward[0] != other_seed[0]
 
