@@ -139,16 +139,19 @@ def log1mexp(x):
 #
 #                            N = 1                     N = 64
 #     mean of log pass@N     1: cross-entropy          F(N, p): the limited loss
-#     mean of pass@N         p: the usual reward       N p (1 - p)^(N-1), which is pass@N times F
+#     mean of √pass@N        √p                        √pass@N · F: the root loss
+#     mean of pass@N         p: the usual reward       pass@N · F, which is N p (1 - p)^(N-1)
 #
 # The row sets how much hard examples count: fully under the log, however small their p; in proportion to pass@N under
-# the mean. The column sets whether easy ones stop pulling: with N = 64 beyond a few 1/64, with N = 1 never.
+# the mean; the root lies between. The column sets whether easy ones stop pulling: with N = 64 beyond a few 1/64, with
+# N = 1 only at p = 1.
 
-def reward_loss(log_p, N):
-    """Minus the mean pass@N of a batch, a scalar. Reinforcement learning for pass@N climbs this mean, by estimates;
-    here its gradient is exact. log_p: (B,); N and errors as in `dco_loss`. Computed in float64."""
+def reward_loss(log_p, N, power=1):
+    """Minus the mean of pass@N^power / power over a batch, a scalar. Reinforcement learning for pass@N climbs the mean
+    of pass@N, by estimates; here its gradient is exact. log_p: (B,); power: above 0; N and errors as in `dco_loss`.
+    Computed in float64."""
     log_pass = -dco_loss(as_float64(log_p), N)  # through the logarithm the gradient is finite at p = 1
-    return -log_pass.exp().mean().to(log_p)
+    return -(power * log_pass).exp().mean().to(log_p) / power
 
 
 def pass_at_n_weights(num_samples, num_correct, N):
@@ -167,6 +170,7 @@ def pass_at_n_weights(num_samples, num_correct, N):
 LOSSES = {  # from the batch's log_p (B,) and N to the number that is minimized
     "ce": lambda log_p, N: -log_p.mean(),
     "limited": lambda log_p, N: dco_loss(log_p, N).mean(),
+    "root": lambda log_p, N: reward_loss(log_p, N, power=0.5),
     "reward": reward_loss,
 }
 
@@ -290,10 +294,12 @@ SETTINGS = {  # defaults of every task; each is a flag, --learning-rate 3e-3, an
     "learning_rate": 3e-3,  # at its peak
     "weight_decay": 0.0,  # AdamW's
     "eps": 1e-3,  # Adam's
-    "pass_over": 0.1,  # the limited loss passes over examples with F(N, p) below this; 0: none
+    "pass_over": 0.1,  # the limited and the root loss pass over examples with F(N, p) below this; 0: none
     "n_layer": 2,  # blocks of the model
     "n_head": 4,  # attention heads
     "n_embd": 64,  # width of the model
+    "start": "",  # a task that cross-entropy trains the model on first; "": the model starts from random weights
+    "start_epochs": 10,  # how long
 }
 
 
@@ -311,6 +317,13 @@ def train(task, loss="limited", N=64, seed=0, out="", device="cpu", place=0, **c
     problems = TASKS[task](**config)
     require(settings.batch_size <= problems.size, f"batch_size: there are only {problems.size} training examples")
     model = problems.new_model(GPT, settings.n_layer, settings.n_head, settings.n_embd).to(device)
+    if settings.start:
+        alike = {name: config[name] for name in ("n_layer", "n_head", "n_embd", "num_test") if name in config}
+        first = train(settings.start, "ce", seed=seed, device=device, place=place,
+                      epochs=settings.start_epochs, evaluations=1, **alike)[1].state_dict()
+        require([*map(len, first.values())] == [*map(len, model.state_dict().values())],
+                f"start: the model of {settings.start} does not fit {task}")
+        model.load_state_dict(first)
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.99), eps=settings.eps,
                                   weight_decay=settings.weight_decay, fused=device != "mps")
     run = new_run(task, loss, N, seed, config, problems)
@@ -332,7 +345,7 @@ def train(task, loss="limited", N=64, seed=0, out="", device="cpu", place=0, **c
             break
         parts = torch.randperm(problems.size, generator=order).split(settings.batch_size)
         for i, examples in enumerate(parts):
-            if loss == "limited" and settings.pass_over > 0:
+            if settings.pass_over > 0 and loss in problems.only_for["pass_over"]:
                 with torch.no_grad():
                     factor = overconfidence_factor(problems.log_p(model, examples), N)
                 examples = examples[factor >= settings.pass_over]
@@ -416,13 +429,14 @@ def confident_pass_at_n(c, N, a, K):
 # Nothing from here on is needed to understand the rest. Table and figure are made from saved runs: p of every problem.
 
 COLUMNS = [1, 8, 64, 512]  # numbers of tries that figures mark, and that --frontier trains for
-COLORS = {"ce": "#D55E00", "limited": "#0072B2", "reward": "#009E73"}  # for the colour-blind (Okabe, Ito)
+COLORS = {  # for the colour-blind (Okabe, Ito)
+    "ce": "#D55E00", "limited": "#0072B2", "root": "#CC79A7", "reward": "#009E73"}
 
 
 def new_run(task, loss, N, seed, config, problems):
     """A run that has measured nothing yet. Its label names the settings that are not as usual, but no paths."""
     usual = SETTINGS | TASKS[task].settings
-    config = {name: config[name] for name in usual if not isinstance(usual[name], str)}
+    config = {name: config[name] for name in usual if name not in problems.paths}
     label = "cross-entropy" if loss == "ce" else f"{loss} N={N}"
     label += "".join(f", {name}={config[name]}" for name in config if config[name] != usual[name])
     return {"task": task, "loss": loss, "N": N, "seed": seed, "label": label, "config": config,
@@ -577,15 +591,15 @@ def draw_theory(N):
     figure = Figure(figsize=(9, 8), layout="constrained")
     one, many, policies, confidence = figure.subplots(2, 2).flat
     log_p = torch.linspace(-9, 0, 500, dtype=torch.float64, requires_grad=True)
-    for loss, n in (("ce", 1), ("reward", 1), ("limited", N), ("reward", N)):
-        gradient, = torch.autograd.grad(LOSSES[loss](log_p, n) * len(log_p), log_p)
-        axis = one if n == 1 else many
-        axis.plot(log_p.exp().tolist(), -gradient, color=COLORS[loss], label=loss)
+    for axis, n, log in ((one, 1, "ce"), (many, N, "limited")):
         axis.set(title=f"weight of an example in ∇ log p, N = {n}", xlabel="p of a right try")
+        for loss in (log, "root", "reward"):
+            gradient, = torch.autograd.grad(LOSSES[loss](log_p, n) * len(log_p), log_p)
+            axis.plot(log_p.exp().tolist(), -gradient, color=COLORS[loss], label=loss)
     rank = np.arange(1, 101)
     f = rank**-1.2
     for loss, q in {"ce": f / f.sum(), "limited": limited_policy(f, N),
-                    "reward": optimal_policy(f, N)}.items():
+                    "root": optimal_policy(f, N, power=0.5), "reward": optimal_policy(f, N)}.items():
         policies.plot(rank, q, color=COLORS[loss], label=loss)
     policies.set(title=f"where each loss tends, N = {N}, if the question\nleaves open which of 100 answers is right",
                  xlabel="answer, by rank r: right in a share ~ 1 / r^1.2", ylabel="probability given to it",
@@ -629,6 +643,7 @@ def configure(task, loss, **changes):
     changes = {name: value for name, value in changes.items() if loss in TASKS[task].only_for.get(name, LOSSES)}
     config = with_changes({"N": 64, "seed": 0} | SETTINGS | TASKS[task].settings, changes)
     require(config["pass_over"] < 1, "pass_over must be below 1: F is never above it")
+    require(config["start"] in ["", *TASKS], f"start: {config['start']} is no task")
     return config
 
 

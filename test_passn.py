@@ -35,7 +35,7 @@ ROOT = Path(passn.__file__).parent
 parametrize = pytest.mark.parametrize
 for_each_task = parametrize("name", [*TASKS])
 TINY = {"epochs": 2, "evaluations": 2, "batch_size": 3, "n_layer": 1, "n_head": 2, "n_embd": 16}
-FEW = {"num_train": 6, "num_test": 3, "num_traces": 4}
+FEW = {"num_train": 6, "num_test": 3, "num_traces": 4, "start_epochs": 1}
 
 
 def few(name, **more):
@@ -87,13 +87,15 @@ def test_losses_are_exact_and_their_gradients_are_the_weights(N):
     for dtype, rel in ((torch.float32, 1e-5), (torch.float64, 1e-12)):
         log_p = torch.tensor(log_ps, dtype=dtype, requires_grad=True)
         success, loss, factor = want.to(dtype)
-        each, reward = dco_loss(log_p, N), reward_loss(log_p, N)
+        each = dco_loss(log_p, N)
         assert_close(each, loss, rtol=rel, atol=1e-37)
-        assert_close(reward, -success.mean(), rtol=rel, atol=0)
         assert_close(overconfidence_factor(log_p, N), factor, rtol=rel, atol=1e-37)
-        pull, reward_pull = -gradient_of(each, [log_p]), -gradient_of(reward, [log_p])
-        assert_close(pull, factor, rtol=10 * rel, atol=1e-30)
-        assert_close(reward_pull * len(log_ps), success * factor, rtol=10 * rel, atol=1e-12)
+        assert_close(-gradient_of(each, [log_p]), factor, rtol=10 * rel, atol=1e-30)
+        for name, power in (("reward", 1), ("root", 0.5)):
+            mean = LOSSES[name](log_p, N)
+            assert_close(mean, -(success**power / power).mean(), rtol=rel, atol=0)
+            pull = -gradient_of(mean, [log_p]) * len(log_ps)
+            assert_close(pull, success**power * factor, rtol=10 * rel, atol=1e-12)
 
 
 def test_cross_entropy_is_the_usual_one_and_n_may_differ_between_examples():
@@ -352,6 +354,14 @@ def test_products_are_right_and_no_pair_of_factors_comes_twice(name):
         orders[a > b, work == parts] += 1
     assert len(pairs) == 1200 and len(orders) == (4 if name == "cot" else 2)
     assert min(orders.values()) > 200
+
+
+def test_fine_tuning_is_on_other_problems_and_tests_the_same():
+    before, task = TASKS["multiply"](3, num_test=500), TASKS["finetune"](3, num_test=500)
+    for part, same in zip(task.test, before.test):
+        assert torch.equal(part, same)
+    pairs = [frozenset(re.findall(r"\d+", task.text(prompt))) for prompt in (*before.train[0], *task.train[0])]
+    assert len({*pairs}) == 3000
 
 
 def test_a_traces_p_is_the_given_one_and_the_share_of_other_right_ones(tmp_path):
@@ -664,6 +674,19 @@ def test_a_run_is_as_described(tmp_path, monkeypatch):
     assert last["loss"] == approx(dco_loss(log_p, 50).mean().item(), rel=1e-4)
 
 
+@parametrize("name, start, num_train", [("finetune", "multiply", 200), ("search", "prove", 20)])
+def test_a_model_starts_as_cross_entropy_leaves_it(name, start, num_train, monkeypatch):
+    """It has seen none of the test problems, whatever their number, and all else is as usual."""
+    monkeypatch.setitem(TASKS[start].settings, "num_train", num_train)
+    changes = few(name, num_test=4, start=start, start_epochs=3)
+    shape = {key: changes[key] for key in ("n_layer", "n_head", "n_embd", "num_test")}
+    first, _ = train(start, "ce", seed=3, epochs=3, evaluations=1, **shape)
+    run, _ = train(name, "limited", 8, seed=3, **changes)
+    assert run["history"][0]["p"] == first["history"][-1]["p"] and run["config"]["start"] == start
+    with pytest.raises(ValueError, match="the model of cot does not fit"):
+        train(name, **changes | {"start": "cot"})
+
+
 OTHER = {"epochs": 3, "evaluations": 1, "batch_size": 4, "learning_rate": 1e-2, "weight_decay": 0.5, "eps": 1e-8,
          "n_layer": 2, "n_head": 4, "n_embd": 32, "num_train": 15, "num_test": 9}
 
@@ -744,13 +767,15 @@ def test_the_theory():
     one, many, policies, confidence = passn.draw_theory(8).axes
     p = np.array(one.lines[0].get_xdata())
     mean = 8 * p * (1 - p) ** 7
-    formulas = 1 + 0 * p, p, mean / (1 - (1 - p) ** 8), mean
+    solved = 1 - (1 - p) ** 8
+    formulas = 1 + 0 * p, p**0.5, p, mean / solved, mean / solved**0.5, mean
     for line, formula in zip((*one.lines, *many.lines), formulas, strict=True):
         assert line.get_ydata() == approx(formula, rel=1e-6, abs=1e-9)
-    f, limited, best = (line.get_ydata() for line in policies.lines)
+    f, limited, root, best = (line.get_ydata() for line in policies.lines)
     assert f.sum() == approx(1)
     assert f[0] / f[9] == approx(10**1.2)
     assert limited == approx(limited_policy(f, 8)) and best == approx(optimal_policy(f, 8))
+    assert root == approx(optimal_policy(f, 8, 0.5))
     for line in confidence.lines:
         assert line.get_markevery() == [np.argmax(line.get_ydata())]
 
@@ -808,6 +833,7 @@ invalid choice: --loss x | --task x
 arguments. --n: --nonsense | --num-traces 8
 does nothing: --loss ce --pass-over 0.2 | --loss ce --N 8 | --frontier --loss ce | --task prove --loss ce --per-step
 below 1: --pass-over 1
+is no task: --start x
 --theory trains nothing: --theory --tries 8 | --theory --frontier | --theory --N 1 | --theory --task search
 Not a directory: --out passn.py/x"""
 
@@ -832,6 +858,7 @@ def test_every_setting_is_a_flag_with_its_comment_for_a_help(name, capsys):
     settings = SETTINGS | TASKS[name].settings
     for setting, usual in settings.items():
         value = f"{usual / 2 or 0.5}" if isinstance(usual, float) else "" if usual is False else f"{usual}2"
+        value = "search" if setting == "start" else value
         options = f"--task {name} --loss ce limited reward --{setting.replace('_', '-')} {value}"
         _, jobs = passn.parse_arguments(options.split())
         changed = {job[setting] for job in jobs} - {usual}

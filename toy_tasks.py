@@ -1,6 +1,7 @@
 """The tasks, and what a try is in each of them.
 
 multiply  37*58= -> 2146                 a short answer: its probability p is exact, from one forward pass
+finetune  other products, in a model that cross-entropy has trained on multiply: the paper's setting
 math      a question of MATH -> an integer: the same
 cot       37*58: -> 1850+0296=2146       working, then the answer, which alone counts: p is estimated from samples
 prove     imitate a proof of a theorem, step by step: p of a whole attempt is exact, by dynamic programming
@@ -53,7 +54,8 @@ class Task:
     in front, and answers (P, A), padded at the end. Everything that a task gives is on the CPU."""
     axes = {"loss": ["ce", "limited"], "N": [64]}  # that the command line trains with
     settings = {}  # where they differ from the usual ones, and its own; the comment on a line is their help
-    only_for = {"pass_over": ["limited"]}  # the losses for which a setting does something, where it does not for all
+    paths = []  # settings that name a file or a folder, of which a run keeps no record
+    only_for = {"pass_over": ["limited", "root"]}  # the losses for which a setting does something, if not for all
     temperatures = (1.0, 0.7, 1.3, 1.6, 2.0, 2.5)  # at which the test problems are measured
     num_samples = None  # of each test problem, where p is not exact but a share of them
     answer_part = slice(None)  # the part of an answer that counts
@@ -141,28 +143,38 @@ class Multiply(Task):
     settings = {"batch_size": 100, "learning_rate": 2e-3,
                 "num_train": 2000, "num_test": 1000}  # number of problems
 
+    others = 0  # how many problems behind the test problems are left to another task
+
     def __init__(self, seed=0, **config):
         own = self.own(config)
-        pairs = factors(seed, own.num_train, own.num_test)
+        pairs = factors(seed, own.num_train, own.num_test, self.others)
         prompts = [f"{a}*{b}=" for a, b in pairs]
         answers = [f"{a * b:04d}" for a, b in pairs]
         vocab = ["<pad>", "<end>", *"0123456789*="]
-        super().__init__(vocab, *split(prompts, answers, vocab, own.num_train))
+        super().__init__(vocab, *split(prompts, answers, vocab, own.num_test))
 
 
-def factors(seed, num_train, num_test):
-    """Random pairs of two-digit numbers, no pair twice, even if swapped."""
+def factors(seed, num_train, num_test, others=0):
+    """Random pairs of two-digit numbers, no pair twice, even if swapped: for the test, and for training."""
     pick = random.Random(seed)
     pairs = [(a, b) for a in range(10, 100) for b in range(10, a + 1)]
-    number = num_train + num_test
-    require(number <= len(pairs), f"--num-train and --num-test: there are {len(pairs)} problems in all")
-    return [pick.sample(pair, 2) for pair in pick.sample(pairs, number)]
+    number = num_test + others + num_train
+    require(number <= len(pairs), f"--num-train and --num-test: there are {len(pairs) - others} problems in all")
+    pairs = [pick.sample(pair, 2) for pair in pick.sample(pairs, len(pairs))]
+    return pairs[:num_test] + pairs[num_test + others:number]
 
 
-def split(prompts, answers, vocab, num_train):
-    """Prompts and answers as tokens: those for training, and those for testing."""
+def split(prompts, answers, vocab, num_test):
+    """Prompts and answers as tokens: those for training, and those for testing, which come first."""
     both = encode(prompts, vocab), encode(answers, vocab)
-    return [part[:num_train] for part in both], [part[num_train:] for part in both]
+    return [part[num_test:] for part in both], [part[:num_test] for part in both]
+
+
+class Finetune(Multiply):
+    """The test problems of `multiply`, and other training problems, for a model trained on those of `multiply`."""
+    others = Multiply.settings["num_train"]
+    settings = Multiply.settings | {"epochs": 60, "learning_rate": 1e-3, "num_train": 1000,
+                                    "start": "multiply", "start_epochs": 50}
 
 
 # ---- cot: 37*58: -> 1850+0296=2146, multiplication with its working (a chain of thought) -----------------------------
@@ -178,7 +190,7 @@ class Traces(Task):
     settings = {"epochs": 80, "evaluations": 8,
                 "num_train": 500, "num_test": 300,  # number of problems
                 "num_traces": 32}  # sampled of each problem; more than N / 3.6, or a single right one has F < 0.1
-    only_for = Task.only_for | {"num_traces": ["limited", "reward"]}
+    only_for = Task.only_for | {"num_traces": ["limited", "root", "reward"]}
     temperatures = 1.0, 1.3
     num_samples = 128
     answer_part = slice(-4, None)
@@ -192,7 +204,7 @@ class Traces(Task):
             traces.append(f"{first:04d}+{second:04d}={a * b:04d}")
         vocab = ["<pad>", "<end>", *"0123456789*:+="]
         prompts = [f"{a}*{b}:" for a, b in pairs]
-        super().__init__(vocab, *split(prompts, traces, vocab, own.num_train))
+        super().__init__(vocab, *split(prompts, traces, vocab, own.num_test))
         self.num_traces = own.num_traces
 
     def refresh(self, model, epoch):
@@ -427,10 +439,10 @@ class Steps(Search):
     the tactic used there. F takes the p of an attempt at the whole theorem, by whatever proof, computed anew every
     epoch. With `per_step`, the paper's step-wise loss: p is the step's own, and N counts tries at one step."""
     axes = Task.axes
-    settings = {"epochs": 40,
+    settings = {"epochs": 40, "evaluations": 20,
                 "num_train": 300, "num_test": 300,  # number of theorems
                 "per_step": False}  # p and N are of a step, not of a theorem
-    only_for = Task.only_for | {"per_step": ["limited", "reward"]}
+    only_for = Task.only_for | {"per_step": ["limited", "root", "reward"]}
 
     def __init__(self, seed=0, **config):
         super().__init__(seed, **config)
@@ -464,7 +476,7 @@ def draw_theorems(seed, num_train, num_test):
         if is_hard(theorem):
             longest = max(len(without_spaces(hypotheses_text(hypotheses))) for hypotheses, _ in reachable(theorem))
             theorems += [theorem] * (longest <= MAX_HYPOTHESES)
-    return theorems[:num_train], theorems[num_train:]
+    return theorems[num_test:], theorems[:num_test]
 
 
 def random_theorem(pick):
@@ -515,6 +527,7 @@ class MathQuestions(Task):
     '<unk>'. An answer is its sign and digits and END: at most 5 tokens."""
     settings = {"epochs": 8, "evaluations": 8, "learning_rate": 2e-3, "n_embd": 128,
                 "math_dir": ""}  # the folder of the MATH dataset; without it, the datasets package fetches it
+    paths = ["math_dir"]
 
     def __init__(self, seed=0, **config):
         folder = self.own(config).math_dir
@@ -597,4 +610,5 @@ def download_math(split):
                          "--math-dir DIR with train.jsonl and test.jsonl") from None
 
 
-TASKS = {"multiply": Multiply, "cot": Traces, "prove": Steps, "search": Search, "math": MathQuestions}
+TASKS = {"multiply": Multiply, "finetune": Finetune, "cot": Traces, "prove": Steps, "search": Search,
+         "math": MathQuestions}

@@ -34,6 +34,7 @@ class LanguageModel(MathQuestions):
         "math_dir": "",  # the folder of the MATH dataset; without it, the datasets package fetches it
         "model": "",  # a name on the Hugging Face hub, a folder or a .gguf file
     }
+    paths = ["math_dir", "model"]
     only_for = MathQuestions.only_for | {"n_head": [], "n_embd": []}  # the pretrained model has its own
 
     def __init__(self, seed=0, **config):
