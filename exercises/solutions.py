@@ -1,102 +1,106 @@
-"""The exercises' solutions, one function each. Run them in the folder of passn.py:
+"""The experiments of the exercises, one function each. In the folder of passn.py:
 
-    python exercises/solutions.py 3
-    python exercises/solutions.py 6 --math-dir DIR
+    python exercises/solutions.py 8
+    python exercises/solutions.py 8 --mine my_file.py --seeds 3
 
-Runs are read from the folder --out, and new ones are saved there. A run that is there is not trained again.
-"""
+With --mine, functions that you wrote take the place of those in answers.py. Runs are read from the folder --out, and new
+ones are saved there. A run that is there is not trained again."""
 
 import argparse
 import math
-import shlex
+import runpy
 import sys
 from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the folder of passn.py
 
+import answers
 import passn
-import toy_tasks
-from answers import focal_loss, grpo_loss, hard_stop, maxrl_loss, penalized_log_p, smoothed_log_p
-from passn import COLUMNS, dco_loss, estimate_pass_at_n, fail, limited_policy, optimal_policy, pass_at, pass_at_n
+from passn import COLUMNS, LOSSES, estimate_pass_at_n, fail, over_seeds, pass_at, pass_at_n, stack
+from toy_tasks import DEAD_END, MAX_DEPTH, PROVED, TASKS, Multiply, Search, choose, join, log_policy
 
-
-THREE = 10, 11, 12  # seeds
+measure_all = passn.evaluate
 
 
 def line(label, *cells):
     """Print a line of a table: texts as they are, numbers with three digits."""
     texts = (cell if isinstance(cell, str) else f"{cell:.3f}" for cell in cells)
-    print(f"{label:40}", *(f"{text:>10}" for text in texts))
+    print(f"{label:38}", *(f"{text:>11}" for text in texts))
 
 
-def runs_of(args, job):
-    """{seed: run} of the runs in the folder that have a job's loss, N and settings, on seeds 10 to 19."""
-    found = {}
-    for run in sum(passn.load_runs(args.out, job["task"], range(10, 20)), []):
-        settings = {"loss": run["loss"], "N": run["N"]} | run["config"]
-        if settings.items() <= job.items():
-            found[run["seed"]] = run
-    return found
+def evaluate_training(problems, model, loss, N):
+    """What a run measures, and p of every training problem."""
+    if isinstance(problems, Search):
+        log_p = Search.log_p(problems, model, range(len(problems.train)))
+    else:
+        log_p = problems.log_p(model, torch.arange(problems.size))
+    return measure_all(problems, model, loss, N) | {"all_train_p": log_p.exp().tolist()}
 
 
-def saved(args, *commands):
-    """{label: runs} of commands of passn.py, given by their flags: of the seeds from 10 to 19 for which the folder has
-    them all."""
-    found = []
-    for flags in commands:
-        for job in passn.parse_arguments(flags.split())[1]:
-            found.append(runs_of(args, job))
-            if 10 not in found[-1]:
-                command = f"python passn.py {flags} --seed 10 --seeds 3 --out {shlex.quote(args.out)}"
-                fail(f"{args.out} lacks runs; first run {command.replace('  ', ' ')}")
-    seeds = sorted(set.intersection(*map(set, found)))
-    return {runs[10]["label"]: [runs[seed] for seed in seeds] for runs in found}
+def runs(args, loss, N=64, task="multiply", with_training=False, **changes):
+    """A row of runs with these settings, one for each seed: from the folder, or else trained now."""
+    N = 1 if loss == "ce" else N
+    changes |= {name: args.math_dir for name in TASKS[task].paths}
+    config, row = passn.configure(task, loss, N=N, **changes), {}
+    for run in sum(passn.load_runs(args.out, task, args.seeds), []):
+        is_same = (run["loss"], run["N"]) == (loss, N) and run["config"].items() <= config.items()
+        if is_same and (not with_training or "all_train_p" in run["history"][0]):
+            row[run["seed"]] = run
+    passn.evaluate = evaluate_training if with_training else measure_all
+    for seed in args.seeds:
+        row[seed] = row.get(seed) or passn.train(task, loss, N, seed, args.out, **changes)[0]
+    return [row[seed] for seed in args.seeds]
+
+
+def enter(args, name, *numbers):
+    """Enter a function that students write in LOSSES. Returns its name there, which says whose it is."""
+    loss = "-".join([f"my-{name}" if name in args.mine else name, *map(str, numbers)])
+    LOSSES[loss] = lambda log_p, N: args.write[name](log_p, N, *numbers)
+    return loss
 
 
 def p_of(run, epoch=-1):
     return run["history"][epoch]["p"][0]  # at temperature 1
 
 
-def show(args, loss, N=64, task="multiply", seeds=(10,), **changes):
-    """Print a line on the runs with these settings, mean over the seeds: from the folder, or else trained now."""
-    N = 1 if loss == "ce" else N
-    known = runs_of(args, {"task": task, "loss": loss} | passn.configure(task, loss, N=N, **changes))
-    rows = []
-    for seed in seeds:
-        run = known.get(seed) or passn.train(task, loss, N, seed, args.out, **changes)[0]
-        end, pass_64 = run["history"][-1], pass_at(run, 64)
-        at_end = [pass_at(run, n)[-1, 0] for n in COLUMNS]
-        best = pass_64[:, 0].max(), pass_64.max()
-        rows.append([*at_end, end["confidence"], end["train_p"], *best, end["updates"]])
-    *values, updates = np.mean(rows, axis=0)
-    line(run["label"], *values, f"{updates:.0f}")
+def header(title=""):
+    line(title, "pass@1", "pass@64", "best@64", "confidence")
 
 
-def header():
-    line("", *(f"pass@{n}" for n in COLUMNS), "confidence", "train p", "best@64", "& best T", "updates")
+def show(args, *which, label="", **changes):
+    """A line of a table: pass@1, pass@64 and confidence at the end, pass@64 in the best epoch; means over the seeds."""
+    row = runs(args, *which, **changes)
+    values = stack(row, 1)[:, -1, 0], stack(row, 64)[:, -1, 0], stack(row, 64)[..., 0].max(axis=1)
+    line(label or row[0]["label"], *map(np.mean, values), passn.curve(row, "confidence")[:, -1].mean())
+    return row
+
+
+def difference(label, row, other):
+    """One row minus another at the end, on the same seeds, for 1, 8 and 64 tries."""
+    leads = (over_seeds((stack(row, n) - stack(other, n))[:, -1, 0]) for n in COLUMNS[:3])
+    line(label, *("{:+.3f}±{:.3f}".format(*lead) for lead in leads))
 
 
 def solution_1(args):
-    both = saved(args, "")
-    run = both["cross-entropy"][0]
-    line("", "pass@1", "pass@64", "confidence")
-    for i, record in enumerate(run["history"]):
-        line(f"epoch {record['epoch']}", *(pass_at(run, N)[i, 0] for N in (1, 64)), record["confidence"])
-    line("", "best@64", "at T", "in epoch", "at the end", "at T")
-    for run in sum(both.values(), []):
-        pass_64, T = pass_at(run, 64), run["temperatures"]
-        epoch, best = np.unravel_index(pass_64.argmax(), pass_64.shape)
-        chosen = pass_64.max(), T[best], f"{run['history'][epoch]['epoch']}"
-        line(f"{run['label']}, seed {run['seed']}", *chosen, pass_64[-1].max(), T[pass_64[-1].argmax()])
+    row = runs(args, "ce")
+    line("cross-entropy", "pass@1", "pass@64", "confidence")
+    for i, record in enumerate(row[0]["history"]):
+        line(f"epoch {record['epoch']}", *(stack(row, N)[:, i, 0].mean() for N in (1, 64)),
+             passn.curve(row, "confidence")[:, i].mean())
+    line("", "best epoch", "and T", "the end", "and T")
+    for row in (row, runs(args, "limited")):
+        pass_64 = stack(row, 64)
+        end, best = pass_64[:, -1], pass_64[..., 0].max(axis=1)
+        line(row[0]["label"], *map(np.mean, (best, pass_64.max(axis=(1, 2)), end[:, 0], end.max(axis=1))))
 
 
 def solution_2(args):
-    run, *_ = saved(args, "--loss limited")["limited N=64"]
-    p = torch.tensor(p_of(run), dtype=torch.float64)
+    p = torch.tensor(p_of(runs(args, "limited")[0]), dtype=torch.float64)
     line("", "pass@64", "deviation")
     line("exact", pass_at_n(p, 64).mean())
     torch.manual_seed(0)
@@ -108,124 +112,115 @@ def solution_2(args):
         line(f"{n} samples, c/n for p", naive.mean(), naive.std())
 
 
-def solution_3(args):
-    usual = passn.configure("multiply", "ce")["epochs"]
-    header()
-    for changes in ({}, {"epochs": 2 * usual}, {"n_embd": 32}, {"n_embd": 128}):
-        for loss in ("ce", "limited"):
-            show(args, loss, **changes)
-    for changes in ({"pass_over": 0.0}, {"eps": 1e-8}, {"eps": 1e-8, "pass_over": 0.0}):
-        show(args, "limited", **changes)
-
-
-CORNERS = ("ce", 1), ("limited", 64), ("reward", 1), ("reward", 64)
-
-
-def solution_4(args):
-    in_search = saved(args, "--task search --loss limited reward --N 1 64")
-    log_p = torch.tensor([-20.0, -10, -6, -4, -1], requires_grad=True)
-    line("log p", *(f"{value:.0f}" for value in log_p))
-    for loss, N in CORNERS:
-        gradient, = torch.autograd.grad(passn.LOSSES[loss](log_p, N) * len(log_p), log_p)
-        line(f"weights by {loss}, N = {N}", *-gradient)
-    header()
-    for loss, N in CORNERS:
-        show(args, loss, N)
-    line("search: share of theorems", "untrained", "at the end")
-    for label, runs in in_search.items():
-        p = np.array([[p_of(run, epoch) for run in runs] for epoch in (0, -1)])
-        line(f"with pass@64 below 0.1, {label}", *(pass_at_n(p, 64) < 0.1).double().mean(dim=(1, 2)))
-
-
-def solution_5(args):
-    frontier = "--frontier --n-embd 32 --pass-over 0.01"
-    panels = {"multiply, width 32": saved(args, frontier),
-              "the same, three times as long": saved(args, f"{frontier} --epochs 300"),
-              "search, reward loss": saved(args, "--task search --frontier")}
-
-    def at_end(row, n):
-        return passn.stack(row, n)[:, -1, 0]
-
-    for number, (title, runs) in enumerate(panels.items(), 1):
-        rows = [*runs.values()]
-        line(f"{title}:", *(f"pass@{n}" for n in COLUMNS), "on average", "behind")
-        mean = np.array([[at_end(row, 2**i).mean() for i in range(10)] for row in rows])
-        for N, values, behind in zip(COLUMNS, mean, mean.max(axis=0) - mean):
-            line(f"trained for N = {N}", *values[::3], values.mean(), behind.max())
-        for N, row in zip(COLUMNS, rows):
-            leads = (at_end(row, N) - at_end(other, N) for other in rows if other is not row)
-            words = ("{:.3f} ± {:.3f}".format(*passn.over_seeds(lead)) for lead in leads)
-            print(f"N = {N} minus the others at n = {N}: {', '.join(words)}")
-        passn.save_figure(passn.draw(rows, 64), Path(args.out, f"frontier-{number}.png"))
-
-
-@torch.no_grad()
-def right_tries(problems, model):
-    """Of 64 tries at each test problem the right ones; and the effective number of proofs, where p is exact."""
-    if isinstance(problems, toy_tasks.Traces):
-        prompts, right = problems.test
-        traces = toy_tasks.sample_many(model, prompts, right.shape[1], 64)
-        is_right = problems.same_answer(traces, right)
-        tries = [traces[i, is_right[i]].tolist() for i in range(len(traces))]
-        return tries, torch.tensor(math.nan)
-    table = problems.test
-    policy = toy_tasks.log_policy(model, table).exp()
-    p, of_squares = (toy_tasks.proof_p(policy**power, table) for power in (1, 2))
-    tries = [[toy_tasks.attempt(policy, table, row) for _ in range(64)] for row in table.theorems.tolist()]
-    return [[proof for proof in proofs if proof] for proofs in tries], p**2 / of_squares
-
-
 def solution_6(args):
-    line("", "pass@64", "proofs", "right", "different")
-    untrained = {"epochs": 1, "learning_rate": 0.0}
-    rows = [("search", "ce", 1, untrained), *(("search", *corner, {}) for corner in CORNERS)]
-    rows += [(task, *corner, {}) for task in ("prove", "cot") for corner in CORNERS[:2]]
-    for task, loss, N, changes in rows:
-        run, model = passn.train(task, loss, N, seed=10, **changes)
-        tries, effective = right_tries(passn.TASKS[task](10), model)
-        label = "untrained" if changes else run["label"]
-        counts = [len(texts) for texts in tries], [len({*map(str, texts)}) for texts in tries]
-        line(f"{task}, {label}", pass_at(run, 64)[-1, 0], effective.nanmean(), *map(np.mean, counts))
-
-
-def training_answers(task):
-    """How often each answer comes in training, the last one never; and for each test problem, which is right."""
-    counts = Counter(answer for _, answer in task.problems["train"])
-    place = {answer: i for i, answer in enumerate(counts)}
-    right = [place.get(answer, -1) for _, answer in task.problems["test"]]
-    return np.array([*counts.values(), 0]), right
+    header()
+    for changes in ({}, {"epochs": 2 * passn.configure("multiply", "ce")["epochs"]}):
+        for loss in ("ce", "limited", "root"):
+            show(args, loss, **changes)
+    without = [show(args, loss, pass_over=0.0) for loss in ("limited", "root")]
+    line("at the end, paired", "pass@1", "pass@8", "pass@64")
+    limited, root = (runs(args, loss) for loss in ("limited", "root"))
+    difference("root minus limited", root, limited)
+    difference("limited: passing over minus not", limited, without[0])
+    difference("root: passing over minus not", root, without[1])
 
 
 def solution_7(args):
-    counts, right = training_answers(passn.TASKS["math"](math_dir=args.math_dir))
-    f = counts / counts.sum()
-    line("", *(f"pass@{n}" for n in COLUMNS))
-    policies = {"by frequency": lambda f, N: f, "as the limited loss tends": limited_policy, "optimal": optimal_policy}
-    for name, policy in policies.items():
-        line(name, *(pass_at_n(policy(f, N)[right], N).mean() for N in COLUMNS))
-    kept = (np.count_nonzero(optimal_policy(f, N) > 1e-6) for N in COLUMNS)
-    line(f"of {len(f) - 1} answers, optimal keeps", *map(str, kept))
+    line("pass@64 in cross-entropy's best epoch", "training", "test", "limited:", "at its end")
+    for task in ("multiply", "finetune", "prove"):
+        row = runs(args, "ce", task=task, with_training=True)
+        best = stack(row, 64)[..., 0].argmax(axis=1)
+        in_training = [pass_at_n(run["history"][i]["all_train_p"], 64).mean() for run, i in zip(row, best)]
+        limited = stack(runs(args, "limited", task=task), 64)[..., 0]
+        line(task, np.mean(in_training), stack(row, 64)[..., 0].max(axis=1).mean(), "", limited[:, -1].mean())
 
 
 def solution_8(args):
-    rows = saved(args, "--task prove", "--task prove --loss limited --N 4 --per-step")
-    p = {label: np.array([p_of(run) for run in runs]) for label, runs in rows.items()}
-    all_fail = np.prod([1 - of_model for of_model in p.values()], axis=0)
-    p["ensemble of them all"] = 1 - all_fail ** (1 / len(rows))  # each has its part of the attempts
-    runs = rows["cross-entropy"]
-    p["blind search"] = np.array([run["baselines"]["blind search"] for run in runs])
-    sizes = [(run["seed"], run["config"]["num_train"], run["config"]["num_test"]) for run in runs]
-    theorems = [toy_tasks.draw_theorems(*size)[1] for size in sizes]
-    steps = [[len(toy_tasks.solve(theorem)[0]) for theorem in of_seed] for of_seed in theorems]
-    place = np.digitize(steps, (7, 9, 11))
-    line("steps of the shortest proof", "below 7", "7 or 8", "9 or 10", "from 11")
-    for name, of_model in p.items():
-        line(name, *(pass_at_n(of_model[place == i], 64).mean() for i in range(4)))
+    header()
+    show(args, "limited")
+    show(args, "limited", pass_over=0.0)  # the others, too, pass over nothing
+    for k in (1, 2, 4):
+        show(args, enter(args, "hard_stop", k))
 
 
-class SampledSearch(toy_tasks.Search):
+class Averaged(Multiply):
+    """`multiply`, measured with a moving average (EMA) of the weights, over a hundred updates or so."""
+
+    def new_model(self, GPT, *shape):
+        model = super().new_model(GPT, *shape)
+        self.average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.99))
+        return model
+
+    def log_p(self, model, batch):
+        if torch.is_grad_enabled():  # before each update
+            self.average.update_parameters(model)
+        return super().log_p(model, batch)
+
+    def measure(self, model):
+        return super().measure(self.average.module)
+
+
+def solution_9(args):
+    TASKS["averaged"] = Averaged
+    header()
+    show(args, "ce")
+    show(args, "ce", task="averaged", label="cross-entropy, weights averaged")
+    for changes in ({"weight_decay": 0.1}, {"weight_decay": 0.3}, {"n_embd": 32}):
+        show(args, "ce", **changes)
+    show(args, "limited")
+    show(args, "limited", n_embd=32)
+
+
+def solution_10(args):
+    for name, epochs in (("100 epochs", 100), ("300 epochs", 300)):
+        line(f"width 32, {name}", *(f"pass@{n}" for n in COLUMNS))
+        for N in COLUMNS:
+            row = runs(args, "limited" if N > 1 else "ce", N, n_embd=32, pass_over=0.01, epochs=epochs)
+            line(f"trained for N = {N}", *(stack(row, n)[:, -1, 0].mean() for n in COLUMNS))
+
+
+class FixedWeights(Search):
+    """`search`, where the weight of a theorem is its p before training, for ever."""
+
+    def refresh(self, model, epoch):
+        if epoch == 0:
+            p = super().log_p(model, range(self.size)).exp().detach()
+            self.weights = p / p.mean()
+
+    def log_p(self, model, batch):
+        log_p = super().log_p(model, batch)
+        return self.weights[batch] * log_p if torch.is_grad_enabled() else log_p
+
+
+def solution_11(args):
+    TASKS["fixed-weights"] = FixedWeights
+    rows = {"reward N=1": ("reward", 1, "search"), "fixed weights": ("ce", 1, "fixed-weights"),
+            "limited N=64": ("limited", 64, "search")}
+    rows = {label: runs(args, *which, with_training=True) for label, which in rows.items()}
+    after = {f"reward N={N}, after imitation": runs(args, "reward", N, "search", True, start="prove")
+             for N in (1, 64)}
+    header()
+    for label, row in (rows | after).items():
+        confidence = passn.curve(row, "confidence").mean(axis=0)
+        for name, i in (("before training", 0), (label, -1)) if label.startswith("reward N=1") else ((label, -1),):
+            best = stack(row, 64)[..., 0].max(axis=1).mean()
+            line(name, *(stack(row, n)[:, i, 0].mean() for n in (1, 64)), best if i else "", confidence[i])
+    line("pass@64, hardest quarter to easiest")
+    first = [p_of(run, 0) for run in rows["reward N=1"]]
+    quarter = [np.argsort(np.argsort(p)) * 4 // len(p) for p in first]
+    for label, row in ({"before training": rows["reward N=1"]} | rows).items():
+        pass_64 = [pass_at_n(p_of(run, 0 if label == "before training" else -1), 64).numpy() for run in row]
+        line(label, *(np.mean([values[q == i].mean() for values, q in zip(pass_64, quarter)]) for i in range(4)))
+    line("training theorems", "pass@64", "p > 0.5", "before: @64", "p > 0.5")
+    for label, row in (rows | after).items():
+        p = np.array([[run["history"][i]["all_train_p"] for run in row] for i in (-1, 0)])
+        line(label, *(value for each in p for value in (pass_at_n(each, 64).mean(), (each > 0.5).mean())))
+
+
+class SampledSearch(Search):
     """`search`, but the gradient of pass@N is estimated from attempts, as in reinforcement learning (REINFORCE)."""
-    settings = toy_tasks.Search.settings | {"num_tries": 64}  # attempts at each theorem of a batch, N or more
+    settings = Search.settings | {"num_tries": 64}  # attempts at each theorem of a batch, N or more
+    advantages = staticmethod(answers.advantages)
 
     def __init__(self, seed=0, N=64, **config):
         super().__init__(seed, **config)
@@ -234,190 +229,102 @@ class SampledSearch(toy_tasks.Search):
     def sample_tries(self, model, batch):
         """Attempts at training theorems, all at once, one depth after the other: which succeed, and their
         log-probabilities, differentiable, both (B, num_tries)."""
-        table = toy_tasks.join(self.train[i] for i in batch)
-        log_policy = toy_tasks.log_policy(model, table)
+        table = join(self.train[i] for i in batch)
+        log_pi = log_policy(model, table)
         rows = table.theorems.repeat_interleave(self.num_tries)
         tries = torch.arange(len(rows))  # the attempt that each open state belongs to
-        has_failed, log_pi = torch.zeros(len(rows), dtype=torch.bool), log_policy.new_zeros(len(rows))
-        for _ in range(toy_tasks.MAX_DEPTH):
-            tactics = toy_tasks.choose(log_policy[rows].exp())
-            log_pi = log_pi.index_add(0, tries, log_policy[rows, tactics])
+        has_failed, log_p = torch.zeros(len(rows), dtype=torch.bool), log_pi.new_zeros(len(rows))
+        for _ in range(MAX_DEPTH):
+            tactics = choose(log_pi[rows].exp())
+            log_p = log_p.index_add(0, tries, log_pi[rows, tactics])
             subgoals = table.subgoals[rows, tactics]
-            above, side = (subgoals != toy_tasks.PROVED).nonzero(as_tuple=True)
+            above, side = (subgoals != PROVED).nonzero(as_tuple=True)
             rows, tries = subgoals[above, side], tries[above]
-            is_dead = rows == toy_tasks.DEAD_END
+            is_dead = rows == DEAD_END
             has_failed[tries[is_dead]] = True
             rows, tries = rows[~is_dead], tries[~is_dead]
         has_failed[tries] = True  # still open where no tactics are left
-        return ~has_failed.view(-1, self.num_tries), log_pi.view(-1, self.num_tries)
+        return ~has_failed.view(-1, self.num_tries), log_p.view(-1, self.num_tries)
 
     def log_p(self, model, batch):
         """For training, what has the estimate of pass@N's gradient: it is no log p. In measurements, log p, exactly."""
         if not torch.is_grad_enabled():
             return super().log_p(model, batch)
-        is_right, log_pi = self.sample_tries(model, batch)
-        weights = passn.pass_at_n_weights(self.num_tries, is_right.sum(dim=1), self.N)
-        return (weights[:, None] * is_right * log_pi).sum(dim=1)
-
-
-def solution_9(args):
-    passn.TASKS["sampled-search"] = SampledSearch
-    passn.LOSSES["sampled"] = lambda log_p, N: -log_p.mean()
-    task, theorems = SampledSearch(10, num_train=20, num_test=1), torch.arange(20)
-    torch.manual_seed(10)
-    model = task.new_model(passn.GPT)
-
-    def gradient(loss):
-        return torch.cat([part.flatten() for part in torch.autograd.grad(loss, [*model.parameters()])])
-
-    def estimate(seed):
-        torch.manual_seed(seed)
-        return gradient(passn.LOSSES["sampled"](task.log_p(model, theorems), 64))
-
-    exact = gradient(passn.reward_loss(toy_tasks.Search.log_p(task, model, theorems), 64))
-    line("", "cosine", "mean of 6")
-    for task.num_tries in (64, 256, 1024):
-        estimates = torch.stack([estimate(seed) for seed in range(6)])
-        cosines = torch.cosine_similarity(estimates, exact[None])
-        line(f"{task.num_tries} attempts", cosines.mean(), torch.cosine_similarity(estimates.mean(dim=0), exact, dim=0))
-    header()
-    for N in (1, 64):
-        show(args, "reward", N, "search")
-        show(args, "sampled", N, "sampled-search")
-
-
-def solution_10(args):
-    for gamma in (8, 64, 160):
-        passn.LOSSES[f"focal{gamma}"] = lambda log_p, N, gamma=gamma: focal_loss(log_p, gamma)
-    for k in (1, 2, 4):
-        passn.LOSSES[f"stop{k}"] = lambda log_p, N, k=k: hard_stop(log_p, N, k)
-    names = ("focal8", "focal64", "focal160", "stop1", "stop2", "stop4")
-    line("factor", "highest", "1/2 at p =")
-    for name in ("limited", *names):
-        log_p = torch.linspace(-9, -0.01, 10_000, requires_grad=True)
-        slope, = torch.autograd.grad(10_000 * passn.LOSSES[name](log_p, 64), log_p)  # the losses are means
-        line(name, -slope.min(), log_p[slope < -0.5].max().exp())
-    header()
-    show(args, "limited")
-    show(args, "limited", pass_over=0.0)  # the others, too, pass over nothing
-    for name in names:
-        show(args, name)
-
-
-class Smoothed(toy_tasks.Multiply):
-    """`multiply` under cross-entropy with label smoothing, or with a confidence penalty: minus the logarithm of each
-    token's probability, mixed with the mean over all tokens, or minus the entropy."""
-    settings = toy_tasks.Multiply.settings | {
-        "smoothing": 0.0,  # share of the mean over all tokens
-        "penalty": 0.0,  # on confidence
-    }
-
-    def __init__(self, seed=0, **config):
-        super().__init__(seed, **config)
-        self.how = self.own(config)
-
-    def log_p(self, model, batch):
-        prompts, answers = (part[batch] for part in self.train)
-        texts = torch.cat([prompts, answers[:, :-1]], dim=1)
-        logits = model.read(texts, answers.shape[1])[0].flatten(0, 1).cpu()
-        labels = answers.flatten()
-        if self.how.penalty:
-            log_ps = penalized_log_p(logits, labels, self.how.penalty)
-        else:
-            log_ps = smoothed_log_p(logits, labels, self.how.smoothing)
-        return toy_tasks.with_value(log_ps.view_as(answers).sum(dim=1), super().log_p(model, batch))
-
-
-def solution_11(args):
-    passn.TASKS["smoothed"] = Smoothed
-    header()
-    for changes in ({}, *({"weight_decay": decay} for decay in (0.3, 1.0, 3.0)), {"n_embd": 32}):
-        show(args, "ce", seeds=THREE, **changes)
-    for name, strengths in (("smoothing", (0.01, 0.03, 0.1)), ("penalty", (0.1, 0.3, 1.0))):
-        for strength in strengths:
-            show(args, "ce", task="smoothed", seeds=THREE, **{name: strength})
-    for changes in ({}, {"n_embd": 32}):
-        show(args, "limited", seeds=THREE, **changes)
+        is_right, log_p = self.sample_tries(model, batch)
+        return (self.advantages(is_right.double(), self.N) * log_p).sum(dim=1)
 
 
 def solution_12(args):
-    passn.LOSSES["from1"] = lambda log_p, N: dco_loss(log_p, 512 ** torch.rand(len(log_p))).mean()
-    passn.LOSSES["from64"] = lambda log_p, N: dco_loss(log_p, 64 * 8 ** torch.rand(len(log_p))).mean()
+    name = "my-sampled-search" if "advantages" in args.mine else "sampled-search"
+    TASKS[name], LOSSES["sampled"] = SampledSearch, LOSSES["ce"]
+    SampledSearch.advantages = staticmethod(args.write["advantages"])
     header()
-    show(args, "ce")
-    for N in (8, 64, 512):
-        show(args, "limited", N)
-    for name in ("from1", "from64"):
-        show(args, name)
+    for N in (1, 64):
+        show(args, "reward", N, "search")
+        show(args, "sampled", N, name)
 
 
 def solution_13(args):
-    passn.LOSSES["maxrl"] = maxrl_loss
-    passn.LOSSES["grpo"] = lambda log_p, N: grpo_loss(log_p)
-    for task in ("search", "multiply"):
-        line(task)
-        header()
-        for loss, N in (*CORNERS, ("maxrl", 8), ("maxrl", 64), ("grpo", 1)):
-            show(args, loss, N, task)
+    grpo_loss = args.write["grpo_loss"]
+    args.write["grpo_loss"] = lambda log_p, N: grpo_loss(log_p)
+    for task in ("multiply", "search", *(["math"] if args.math_dir else [])):
+        header(f"{task}, power 0 to 1")
+        quarter, three_quarters = (enter(args, "power_loss", power) for power in (0.25, 0.75))
+        for loss in ("limited", quarter, "root", three_quarters, "reward"):
+            show(args, loss, 64, task, **({"pass_over": 0.0} if loss in ("limited", "root") else {}))
+    header("search, after imitation")
+    for loss, N in (("reward", 1), (enter(args, "grpo_loss"), 1), (enter(args, "maxrl_loss"), 64), ("reward", 64)):
+        show(args, loss, N, "search", start="prove")
 
 
 def solution_14(args):
-    counts, right = training_answers(passn.TASKS["math"](math_dir=args.math_dir))
-    count = counts[right]
-    groups = {"all": count >= 0, "0 to 5": count <= 5, "6 to 30": (count > 5) & (count <= 30), "from 31": count > 30}
-    groups = {name: group for name, group in groups.items() if group.any()}
-    tables = [passn.load_runs(args.out, task, range(10, 20)) for task in ("math", "math-lm")]
-    if not any(tables):
-        fail(f"{args.out} has no runs on MATH; first run python passn.py --task math --math-dir DIR "
-             f"--loss ce limited --N 64 --seed 10 --seeds 3 --out {shlex.quote(args.out)}")
-    for run, *_ in sum(tables, []):
-        if len(p_of(run)) != len(count):
-            fail(f"{args.out} has {run['label']} on {run['task']} with other problems than {args.math_dir}")
-
-    def pass_64(runs, in_best_epoch):  # of each problem, mean over the seeds
-        epochs = [pass_at(run, 64)[:, 0].argmax() if in_best_epoch else -1 for run in runs]
-        p = [p_of(run, epoch) for run, epoch in zip(runs, epochs)]
-        return pass_at_n(p, 64).mean(dim=0).numpy()
-
-    def means(label, values):
-        line(label, *(values[group].mean() for group in groups.values()))
-
-    line("answer's count in training", *groups)
-    line("test problems", *(f"{group.sum()}" for group in groups.values()))
-    for rows in tables:
-        best = None
-        for runs in rows:  # cross-entropy first
-            name, label, end = runs[0]["task"], runs[0]["label"], pass_64(runs, False)
-            means(f"{name}, {label}", end)
-            if label == "cross-entropy":
-                best = pass_64(runs, True)
-                means("cross-entropy's best epoch", best)
-            elif best is not None:
-                means("minus cross-entropy's best", end - best)
-                parts = [(end - best)[group] for group in groups.values()]
-                line("± standard error", *(part.std(ddof=1) / math.sqrt(len(part)) for part in parts))
+    task = TASKS["math"](math_dir=args.math_dir)
+    counts = Counter(answer for _, answer in task.problems["train"])
+    f = np.array([*counts.values(), 0])
+    place = {answer: i for i, answer in enumerate(counts)}
+    right = [place.get(answer, -1) for _, answer in task.problems["test"]]
+    policy = args.write["optimal_policy"](torch.tensor(f[:-1] / f.sum(), dtype=torch.float64), 64)
+    rows = {"best of the blind": [np.append(policy, 0)[right]], "blind by frequency": [(f / f.sum())[right]]}
+    for row in sum((passn.load_runs(args.out, name, args.seeds) for name in ("math", "math-lm")), []):
+        name = "" if row[0]["task"] == "math" else "pretrained: "
+        if row[0]["loss"] == "ce":
+            best = [p_of(run, pass_at(run, 64)[:, 0].argmax()) for run in row]
+            rows[f"{name}cross-entropy, best epoch"] = best
+        rows[f"{name}{row[0]['label']}, end"] = [p_of(run) for run in row]
+    count = f[right]
+    groups = {"all": count >= 0, "to 5 times": count <= 5, "6 to 30": (count > 5) & (count <= 30), "more": count > 30}
+    line("pass@64; answers seen in training", *groups)
+    pass_64 = {label: pass_at_n(np.array(p), 64).mean(dim=0).numpy() for label, p in rows.items()}
+    for label, values in pass_64.items():
+        line(label, *(values[group].mean() for group in groups.values() if group.any()))
+        best = pass_64.get(("pretrained: " if "pretrained" in label else "") + "cross-entropy, best epoch", values)
+        if label.endswith("end"):
+            lead = values - best
+            line("  minus cross-entropy's best", *("{:+.3f}±{:.3f}".format(*over_seeds(lead[group]))
+                                                   for group in groups.values() if group.any()))
 
 
 SOLUTIONS = {name[9:]: function for name, function in [*globals().items()] if name.startswith("solution_")}
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description="Run the solution of an exercise.", allow_abbrev=False)
+    parser = argparse.ArgumentParser(description="Run the experiment of an exercise.", allow_abbrev=False)
     parser.error = fail
-    parser.add_argument("exercise", nargs="?", help=f"its number, 1 to {len(SOLUTIONS)}")
+    parser.add_argument("exercise", choices=SOLUTIONS, help="its number")
+    parser.add_argument("--mine", default="", help="your file, whose functions take the place of those in answers.py")
+    parser.add_argument("--seeds", type=int, default=1, help="train with that many seeds, from 10 on")
     parser.add_argument("--out", default="out", help="the folder of the runs")
-    parser.add_argument("--math-dir", default="", help="the folder of the MATH dataset, for exercises 7 and 14")
+    parser.add_argument("--math-dir", default="", help="the folder of the MATH dataset, for exercises 13 and 14")
     args = parser.parse_args(argv)
-    if args.exercise not in SOLUTIONS:
-        fail(f"give the number of an exercise, 1 to {len(SOLUTIONS)}, as in: python exercises/solutions.py 3")
     torch.set_num_threads(1)
     try:
+        args.mine = runpy.run_path(args.mine) if args.mine else {}
+        args.write = vars(answers) | args.mine
+        args.seeds = range(10, 10 + args.seeds)
         SOLUTIONS[args.exercise](args)
     except KeyboardInterrupt:
         print("\nsolutions.py: interrupted; the runs that were finished are kept", file=sys.stderr)
         sys.exit(130)
-    except KeyError as error:
-        fail(f"a run in {args.out} does not have {error}; remove it")
     except (OSError, ValueError, FloatingPointError) as error:
         fail(error)
 
