@@ -3,11 +3,10 @@
     python exercises/solutions.py 8
     python exercises/solutions.py 8 --mine my_file.py --seeds 3
 
-With --mine, functions that you wrote take the place of those in answers.py. Runs are read from the folder --out, and new
-ones are saved there. A run that is there is not trained again."""
+With --mine, functions that you wrote take the place of those in answers.py. Runs are read from the folder --out, and
+new ones are saved there: a run that is there is not trained again."""
 
 import argparse
-import math
 import runpy
 import sys
 from collections import Counter
@@ -15,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from matplotlib.figure import Figure
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the folder of passn.py
@@ -22,15 +22,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the folder of pa
 import answers
 import passn
 from passn import COLUMNS, LOSSES, estimate_pass_at_n, fail, over_seeds, pass_at, pass_at_n, stack
-from toy_tasks import DEAD_END, MAX_DEPTH, PROVED, TASKS, Multiply, Search, choose, join, log_policy
+from toy_tasks import TASKS, Multiply, Search
 
+COLORS = "#D55E00", "#56B4E9", "#0072B2", "black"  # for the colour-blind
 measure_all = passn.evaluate
 
 
 def line(label, *cells):
     """Print a line of a table: texts as they are, numbers with three digits."""
     texts = (cell if isinstance(cell, str) else f"{cell:.3f}" for cell in cells)
-    print(f"{label:38}", *(f"{text:>11}" for text in texts))
+    print(f"{label:34}", *(f"{text:>12}" for text in texts))
 
 
 def evaluate_training(problems, model, loss, N):
@@ -72,11 +73,12 @@ def header(title=""):
     line(title, "pass@1", "pass@64", "best@64", "confidence")
 
 
-def show(args, *which, label="", **changes):
-    """A line of a table: pass@1, pass@64 and confidence at the end, pass@64 in the best epoch; means over the seeds."""
+def show(args, *which, label="", epoch=-1, **changes):
+    """A line of a table, means over the seeds: pass@1, pass@64 and confidence in an epoch, pass@64 in the best one."""
     row = runs(args, *which, **changes)
-    values = stack(row, 1)[:, -1, 0], stack(row, 64)[:, -1, 0], stack(row, 64)[..., 0].max(axis=1)
-    line(label or row[0]["label"], *map(np.mean, values), passn.curve(row, "confidence")[:, -1].mean())
+    pass_1, pass_64, confidence = stack(row, 1)[..., 0], stack(row, 64)[..., 0], passn.curve(row, "confidence")
+    values = pass_1[:, epoch], pass_64[:, epoch], pass_64.max(axis=1), confidence[:, epoch]
+    line(label or row[0]["label"], *map(np.mean, values))
     return row
 
 
@@ -121,18 +123,18 @@ def solution_6(args):
     line("at the end, paired", "pass@1", "pass@8", "pass@64")
     limited, root = (runs(args, loss) for loss in ("limited", "root"))
     difference("root minus limited", root, limited)
-    difference("limited: passing over minus not", limited, without[0])
-    difference("root: passing over minus not", root, without[1])
+    difference("limited, passing over minus not", limited, without[0])
+    difference("root, passing over minus not", root, without[1])
 
 
 def solution_7(args):
-    line("pass@64 in cross-entropy's best epoch", "training", "test", "limited:", "at its end")
+    line("cross-entropy's best epoch, @64", "training", "test", "limited, end")
     for task in ("multiply", "finetune", "prove"):
         row = runs(args, "ce", task=task, with_training=True)
         best = stack(row, 64)[..., 0].argmax(axis=1)
         in_training = [pass_at_n(run["history"][i]["all_train_p"], 64).mean() for run, i in zip(row, best)]
         limited = stack(runs(args, "limited", task=task), 64)[..., 0]
-        line(task, np.mean(in_training), stack(row, 64)[..., 0].max(axis=1).mean(), "", limited[:, -1].mean())
+        line(task, np.mean(in_training), stack(row, 64)[..., 0].max(axis=1).mean(), limited[:, -1].mean())
 
 
 def solution_8(args):
@@ -172,11 +174,20 @@ def solution_9(args):
 
 
 def solution_10(args):
-    for name, epochs in (("100 epochs", 100), ("300 epochs", 300)):
-        line(f"width 32, {name}", *(f"pass@{n}" for n in COLUMNS))
-        for N in COLUMNS:
-            row = runs(args, "limited" if N > 1 else "ce", N, n_embd=32, pass_over=0.01, epochs=epochs)
-            line(f"trained for N = {N}", *(stack(row, n)[:, -1, 0].mean() for n in COLUMNS))
+    figure = Figure(figsize=(9, 4), layout="constrained")
+    ns = 2 ** np.arange(10)
+    usual = passn.configure("multiply", "ce")["epochs"]
+    for axis, epochs in zip(figure.subplots(1, 2), (usual, 3 * usual)):
+        line(f"width 32, {epochs} epochs", *(f"pass@{n}" for n in COLUMNS))
+        rows = [runs(args, "limited" if N > 1 else "ce", N, n_embd=32, pass_over=0.01, epochs=epochs) for N in COLUMNS]
+        pass_n = np.array([[stack(row, n)[:, -1, 0].mean() for n in ns] for row in rows])
+        for N, values, share, color in zip(COLUMNS, pass_n, pass_n / pass_n.max(axis=0), COLORS):
+            line(f"trained for N = {N}", *values[::3])
+            axis.plot(ns, share, color=color, marker="o", markevery=[int(np.log2(N))], label=f"N = {N}")
+        axis.set(title=f"after {epochs} epochs: pass@n / the best", xlabel="tries n (dot: trained for n)")
+        axis.set(xscale="log", xticks=COLUMNS, xticklabels=COLUMNS, ylim=(0, 1.03))
+    axis.legend(title="trained for")
+    passn.save_figure(figure, passn.folder(args.out) / "frontier.png")
 
 
 class FixedWeights(Search):
@@ -194,74 +205,22 @@ class FixedWeights(Search):
 
 def solution_11(args):
     TASKS["fixed-weights"] = FixedWeights
-    rows = {"reward N=1": ("reward", 1, "search"), "fixed weights": ("ce", 1, "fixed-weights"),
-            "limited N=64": ("limited", 64, "search")}
-    rows = {label: runs(args, *which, with_training=True) for label, which in rows.items()}
-    after = {f"reward N={N}, after imitation": runs(args, "reward", N, "search", True, start="prove")
-             for N in (1, 64)}
     header()
-    for label, row in (rows | after).items():
-        confidence = passn.curve(row, "confidence").mean(axis=0)
-        for name, i in (("before training", 0), (label, -1)) if label.startswith("reward N=1") else ((label, -1),):
-            best = stack(row, 64)[..., 0].max(axis=1).mean()
-            line(name, *(stack(row, n)[:, i, 0].mean() for n in (1, 64)), best if i else "", confidence[i])
-    line("pass@64, hardest quarter to easiest")
-    first = [p_of(run, 0) for run in rows["reward N=1"]]
-    quarter = [np.argsort(np.argsort(p)) * 4 // len(p) for p in first]
-    for label, row in ({"before training": rows["reward N=1"]} | rows).items():
-        pass_64 = [pass_at_n(p_of(run, 0 if label == "before training" else -1), 64).numpy() for run in row]
-        line(label, *(np.mean([values[q == i].mean() for values, q in zip(pass_64, quarter)]) for i in range(4)))
-    line("training theorems", "pass@64", "p > 0.5", "before: @64", "p > 0.5")
-    for label, row in (rows | after).items():
-        p = np.array([[run["history"][i]["all_train_p"] for run in row] for i in (-1, 0)])
-        line(label, *(value for each in p for value in (pass_at_n(each, 64).mean(), (each > 0.5).mean())))
-
-
-class SampledSearch(Search):
-    """`search`, but the gradient of pass@N is estimated from attempts, as in reinforcement learning (REINFORCE)."""
-    settings = Search.settings | {"num_tries": 64}  # attempts at each theorem of a batch, N or more
-    advantages = staticmethod(answers.advantages)
-
-    def __init__(self, seed=0, N=64, **config):
-        super().__init__(seed, **config)
-        self.N, self.num_tries = N, self.own(config).num_tries
-
-    def sample_tries(self, model, batch):
-        """Attempts at training theorems, all at once, one depth after the other: which succeed, and their
-        log-probabilities, differentiable, both (B, num_tries)."""
-        table = join(self.train[i] for i in batch)
-        log_pi = log_policy(model, table)
-        rows = table.theorems.repeat_interleave(self.num_tries)
-        tries = torch.arange(len(rows))  # the attempt that each open state belongs to
-        has_failed, log_p = torch.zeros(len(rows), dtype=torch.bool), log_pi.new_zeros(len(rows))
-        for _ in range(MAX_DEPTH):
-            tactics = choose(log_pi[rows].exp())
-            log_p = log_p.index_add(0, tries, log_pi[rows, tactics])
-            subgoals = table.subgoals[rows, tactics]
-            above, side = (subgoals != PROVED).nonzero(as_tuple=True)
-            rows, tries = subgoals[above, side], tries[above]
-            is_dead = rows == DEAD_END
-            has_failed[tries[is_dead]] = True
-            rows, tries = rows[~is_dead], tries[~is_dead]
-        has_failed[tries] = True  # still open where no tactics are left
-        return ~has_failed.view(-1, self.num_tries), log_p.view(-1, self.num_tries)
-
-    def log_p(self, model, batch):
-        """For training, what has the estimate of pass@N's gradient: it is no log p. In measurements, log p, exactly."""
-        if not torch.is_grad_enabled():
-            return super().log_p(model, batch)
-        is_right, log_p = self.sample_tries(model, batch)
-        return (self.advantages(is_right.double(), self.N) * log_p).sum(dim=1)
-
-
-def solution_12(args):
-    name = "my-sampled-search" if "advantages" in args.mine else "sampled-search"
-    TASKS[name], LOSSES["sampled"] = SampledSearch, LOSSES["ce"]
-    SampledSearch.advantages = staticmethod(args.write["advantages"])
-    header()
-    for N in (1, 64):
-        show(args, "reward", N, "search")
-        show(args, "sampled", N, name)
+    show(args, "reward", 1, "search", True, epoch=0, label="before training")
+    rows = {"reward N=1": show(args, "reward", 1, "search", True),
+            "fixed weights": show(args, "ce", 1, "fixed-weights", True, label="fixed weights"),
+            "limited N=64": show(args, "limited", 64, "search", True)}
+    show(args, "reward", 1, "search", True, epoch=0, label="after imitation", start="prove")
+    after = [show(args, "reward", N, "search", True, start="prove") for N in (1, 64)]
+    line("pass@64 by p before, quarters", "hardest", "", "", "easiest")
+    before = np.array([p_of(run, 0) for run in rows["reward N=1"]])
+    quarter = before.argsort(axis=1).argsort(axis=1) * 4 // before.shape[1]
+    for label, p in {"before training": before} | {name: [*map(p_of, row)] for name, row in rows.items()}.items():
+        line(label, *(pass_at_n(p, 64)[quarter == i].mean() for i in range(4)))
+    line("training theorems", "@64 before", "at the end", "p > 0.5", "at the end")
+    for label, row in zip([*rows, "after imitation, N=1", "after imitation, N=64"], [*rows.values(), *after]):
+        p = np.array([[run["history"][i]["all_train_p"] for run in row] for i in (0, -1)])
+        line(label, *pass_at_n(p, 64).mean(dim=(1, 2)), *(p > 0.5).mean(axis=(1, 2)))
 
 
 def solution_13(args):
@@ -279,29 +238,26 @@ def solution_13(args):
 
 def solution_14(args):
     task = TASKS["math"](math_dir=args.math_dir)
-    counts = Counter(answer for _, answer in task.problems["train"])
-    f = np.array([*counts.values(), 0])
-    place = {answer: i for i, answer in enumerate(counts)}
-    right = [place.get(answer, -1) for _, answer in task.problems["test"]]
-    policy = args.write["optimal_policy"](torch.tensor(f[:-1] / f.sum(), dtype=torch.float64), 64)
-    rows = {"best of the blind": [np.append(policy, 0)[right]], "blind by frequency": [(f / f.sum())[right]]}
+    train, test = ([answer for _, answer in problems] for problems in task.problems.values())
+    counts = Counter(train)
+    f = torch.tensor([*counts.values()], dtype=torch.float64) / len(train)
+    best = dict(zip(counts, args.write["optimal_policy"](f, 64).tolist()))
+    p = {"best of the blind": [[best.get(answer, 0.0) for answer in test]]}
     for row in sum((passn.load_runs(args.out, name, args.seeds) for name in ("math", "math-lm")), []):
-        name = "" if row[0]["task"] == "math" else "pretrained: "
+        label = row[0]["task"].removeprefix("math-") + " " + row[0]["label"]
         if row[0]["loss"] == "ce":
-            best = [p_of(run, pass_at(run, 64)[:, 0].argmax()) for run in row]
-            rows[f"{name}cross-entropy, best epoch"] = best
-        rows[f"{name}{row[0]['label']}, end"] = [p_of(run) for run in row]
-    count = f[right]
-    groups = {"all": count >= 0, "to 5 times": count <= 5, "6 to 30": (count > 5) & (count <= 30), "more": count > 30}
-    line("pass@64; answers seen in training", *groups)
-    pass_64 = {label: pass_at_n(np.array(p), 64).mean(dim=0).numpy() for label, p in rows.items()}
+            p[f"{label}, best epoch"] = [p_of(run, pass_at(run, 64)[:, 0].argmax()) for run in row]
+        p[label] = [*map(p_of, row)]
+    seen = np.array([counts[answer] for answer in test])
+    groups = seen >= 0, seen <= 5, (seen > 5) & (seen <= 30), seen > 30
+    line("pass@64; answers seen", "all", "to 5 times", "6 to 30", "from 31")
+    pass_64 = {label: pass_at_n(values, 64).mean(dim=0).numpy() for label, values in p.items()}
     for label, values in pass_64.items():
-        line(label, *(values[group].mean() for group in groups.values() if group.any()))
-        best = pass_64.get(("pretrained: " if "pretrained" in label else "") + "cross-entropy, best epoch", values)
-        if label.endswith("end"):
-            lead = values - best
-            line("  minus cross-entropy's best", *("{:+.3f}±{:.3f}".format(*over_seeds(lead[group]))
-                                                   for group in groups.values() if group.any()))
+        line(label, *(values[group].mean() for group in groups))
+        of_best = pass_64.get(f"{label.split()[0]} cross-entropy, best epoch")
+        if of_best is not None and "cross-entropy" not in label:
+            leads = (over_seeds((values - of_best)[group]) for group in groups)
+            line("minus cross-entropy's best epoch", *("{:+.3f}±{:.3f}".format(*lead) for lead in leads))
 
 
 SOLUTIONS = {name[9:]: function for name, function in [*globals().items()] if name.startswith("solution_")}
