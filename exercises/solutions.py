@@ -215,7 +215,8 @@ def solution_11(args):
     line("pass@64 by p before, quarters", "hardest", "", "", "easiest")
     before = np.array([p_of(run, 0) for run in rows["reward N=1"]])
     quarter = before.argsort(axis=1).argsort(axis=1) * 4 // before.shape[1]
-    for label, p in {"before training": before} | {name: [*map(p_of, row)] for name, row in rows.items()}.items():
+    end = {label: [*map(p_of, row)] for label, row in rows.items()}
+    for label, p in ({"before training": before} | end).items():
         line(label, *(pass_at_n(p, 64)[quarter == i].mean() for i in range(4)))
     line("training theorems", "@64 before", "at the end", "p > 0.5", "at the end")
     for label, row in zip([*rows, "after imitation, N=1", "after imitation, N=64"], [*rows.values(), *after]):
