@@ -21,11 +21,11 @@ import torch
 CHECKS = {}  # {name: (its arguments, what is right, cases to try it on, {what students write instead: a hint})}
 EDGES = {}  # {name: (arguments where a right formula may lose all its digits, a hint)}
 
+# ==== 1. How a function is judged =========================================================================
+
 
 class Wrong(RuntimeError):
     """What to tell the student. (Autograd's own errors are RuntimeErrors, too.)"""
-
-# ==== 1. How a function is judged =========================================================================
 
 
 def check(f):
@@ -52,7 +52,7 @@ def verdict(f, name):
                 refuse_to_list_sets(f)
             got, want = results(f, name, args), results(written(arguments, right), name, args)
             if not alike(got, want):
-                hints = [hint for code, hint in mistakes.items() if agree(f, code, name, cases)]
+                hints = [mistakes[code] for code in mistakes if agree(f, code, name, map(in_float64, cases))]
                 return difference(got, want, hints)
     except RuntimeError as wrong:
         return str(wrong)
@@ -63,7 +63,11 @@ def verdict(f, name):
 def written(arguments, code):
     """The function that is written as code. It computes in float64."""
     f = eval(f"lambda {arguments}: {code}", globals())
-    return lambda *args: f(*(x.double() if torch.is_tensor(x) and x.is_floating_point() else x for x in args))
+    return lambda *args: f(*in_float64(args))
+
+
+def in_float64(args):
+    return [x.double() if torch.is_tensor(x) and x.is_floating_point() else x for x in args]
 
 
 def agree(f, code, name, cases):
@@ -116,8 +120,8 @@ def results(f, name, args):
     if torch.is_tensor(value) and value.requires_grad:
         value.sum().backward()
     gradient = np.zeros(x.shape) if x.grad is None else x.grad.double().numpy()
-    if name == "hard_stop":  # what has stopped may have any value, as long as it does not pull
-        return {f"the gradient of {words}": gradient}
+    if name == "hard_stop":
+        array *= 0  # what has stopped may have any value, as long as it does not pull
     return {words: array, f"the gradient of {words}": gradient}
 
 
@@ -240,7 +244,6 @@ def mean_loss(arguments, each, others, mistakes):
 
 
 EACH_N = [(1,), (2,), (8,), (64,)]
-
 CHECKS["limited_loss"] = mean_loss(
     ", N", "-torch.log(solved(log_p, N))", EACH_N,
     {"-torch.log(solved(log_p, N).mean())": "Take the mean after the logarithm, not before",
@@ -264,8 +267,7 @@ CHECKS["overconfidence_factor"] = (
 CHECKS["weighted_loss"] = mean_loss(
     ", N", "-factor(log_p.exp(), N).detach() * log_p", EACH_N,
     {"-(factor(log_p.exp(), N) * log_p).mean()": "The gradient goes through F, too. A mere weight is detached",
-     "-torch.log(solved(log_p, N)).mean()": "This is limited_loss itself. Write cross-entropy, with F as a weight",
-     "-log_p.mean()": "This is cross-entropy. F is missing"})
+     "-torch.log(solved(log_p, N)).mean()": "This is limited_loss itself. Write cross-entropy, with F as a weight"})
 EDGES["weighted_loss"] = (TINY, 8), FLOAT64
 
 CHECKS["reward_weight"] = (
@@ -348,8 +350,7 @@ CHECKS["fixed_weights_loss"] = (
     [(DRAWN.log(), THREE), (THREE.log().float(), torch.tensor([0.2, 0.5, 0.1])), (WIDE[0] - 9, WIDE[1].exp())],
     {"(p_before * log_p).sum() / p_before.sum()": "The sign: a loss is made smaller as p grows",
      "-(p_before * log_p).sum()": "Divide by the sum of the weights",
-     "-(p_before * log_p).mean()": "Divide by the sum of the weights, not by their number",
-     "-(log_p.exp() * log_p).sum() / log_p.exp().sum()": "The weights are p of now, and should be p_before"})
+     "-(p_before * log_p).mean()": "Divide by the sum of the weights, not by their number"})
 
 CHECKS["maxrl_loss"] = mean_loss(
     ", N", "sum((1 - log_p.exp()) ** k / k for k in range(1, N + 1))", [(2,), (3,), (8,), (64,)],
