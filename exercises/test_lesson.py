@@ -57,8 +57,8 @@ def test_their_gradient_is_the_factor(name):
 
 TYPED = r"""
 pass_at_n(p, N): 1-(1-p)^N | in your line 2, return 1-(1-p)^N: TypeError: unsupported operand type(s) for ^
-pass_at_n(p, N): 1 - (1 - p) ** min(N, 8) | pass_at_n(0.01, 64) is 0.07726, and should be 0.4744
-pass_at_n(p, N): str(1 - (1 - p) ** N) | should be a number or a tensor
+pass_at_n(p, N): 1 - (1 - p) ** min(N, 8) ; 1.003 - (1 - p) ** N | , and should be 0.
+pass_at_n(p, N): str(1 - (1 - p) ** N) | pass_at_n(0.3, 1) is '0.3
 pass_at_n(p, N): None | end with return
 pass_at_n(p, N): 1 - (1 - np.asarray(p)) ** N | gives a ndarray. For a tensor, give a tensor
 pass_at_n(p, N): 1 - math.prod([1 - p] * N) ; sum(p * (1 - p) ** k for k in range(N)) | right
