@@ -57,7 +57,8 @@ def verdict(f, name):
     except RuntimeError as wrong:
         return str(wrong)
     args, note = EDGES.get(name, (cases[0], ""))
-    return "right" if agree(f, right, name, [args]) else f"right, except for {called(name, args)}. {note}"
+    is_right = alike(tried(f, name, args), results(written(arguments, right), name, args))
+    return "right" if is_right else f"right, except for {called(name, args)}. {note}"
 
 
 def written(arguments, code):
@@ -71,9 +72,10 @@ def in_float64(args):
 
 
 def agree(f, code, name, cases):
-    """Whether a function gives what the code gives in all cases, or fails where it fails."""
+    """Whether a function gives what the code gives, wherever it does not fail."""
     other = written(CHECKS[name][0], code)
-    return all(alike(tried(f, name, args), tried(other, name, args)) for args in cases)
+    seen = ((tried(f, name, args), tried(other, name, args)) for args in cases)
+    return all(alike(*pair) for pair in seen if pair[0])
 
 
 def tried(f, name, args):
@@ -99,6 +101,10 @@ def difference(got, want, hints):
     line = f"{words} is {text(ours)}, and should be {text(right)}"
     if ours.shape != right.shape:
         line = f"{words} has the shape {ours.shape}, and should have {right.shape}"
+    if ours.ndim == 0 < right.ndim:
+        hints.append("Give one number for each problem: no mean, no sum")
+    if ours.shape == right.shape and close(ours, -right):
+        hints.append("The sign is wrong")
     if "gradient" in words and not ours.any():
         hints.append("No gradient gets back: detach(), item(), numpy, torch.tensor(...) or math cut it off")
     if not np.isfinite(ours).all():
@@ -213,6 +219,7 @@ CHECKS["estimate_pass_at_n"] = (
     {"1 - (1 - c / n) ** N": "c / n for p draws with replacement, and is too low: count sets of N samples",
      "1 - math.comb(c, N) / math.comb(n, N)": "C(c, N) counts sets that are all right. Which sets are all wrong?",
      "math.comb(n - c, N) / math.comb(n, N)": "This is the share of sets in which all N fail",
+     "math.comb(c, N) / math.comb(n, N)": "In these sets all samples are right. One is enough",
      "math.comb(n - 1, N - 1) / math.comb(n, N)": "This is N / n, whatever c is"})
 
 
@@ -227,27 +234,26 @@ CHECKS["log_p_of"] = (
     "x, labels", "x.log_softmax(1)[range(len(labels)), labels]",
     [(TALL, torch.tensor([1, 0, 0])), (WIDE[:, :3], torch.tensor([0, 1])), (WIDE, torch.tensor([40, 9]))],
     {"x.softmax(1)[range(len(labels)), labels]": "This is p. The logarithm is missing",
+     "x[range(len(labels)), labels]": "These are logits. Their log_softmax gives log-probabilities",
      "x.log_softmax(0)[range(len(labels)), labels]": "This is a softmax over the batch. Over a row it is dim=1",
      "x.log_softmax(1)[labels]": "[labels] takes whole rows. Each row's label: [range(len(labels)), labels]",
-     "x.log_softmax(1)[:, labels]": "[:, labels] takes every label from every row: [range(len(labels)), labels]",
-     "torch.nn.functional.cross_entropy(x, labels)": "This is the mean of -log p. Give log p of each problem"})
+     "x.log_softmax(1)[:, labels]": "[:, labels] takes every label from every row: [range(len(labels)), labels]"})
 EDGES["log_p_of"] = (200 * TALL, torch.tensor([1, 0, 0])), "exp(200) is infinite. log_softmax gets round that"
 
 
 def mean_loss(arguments, each, others, mistakes):
     """The check of a loss, a mean over the batch of log p, with every one of the other arguments."""
     cases = [(p.log().float(), *args) for p in (THREE, DRAWN) for args in others]
-    usual = {f"-({each}).mean()": "The sign: a loss is made smaller as p grows",
-             f"({each}).sum()": "This is the sum over the batch. Take the mean",
+    usual = {f"({each}).sum()": "This is the sum over the batch. Take the mean",
              each: "This is a loss for each problem. Take the mean"}
     return f"log_p{arguments}", f"({each}).mean()", cases, mistakes | usual
 
 
-EACH_N = [(1,), (2,), (8,), (64,)]
 CHECKS["limited_loss"] = mean_loss(
-    ", N", "-torch.log(solved(log_p, N))", EACH_N,
+    ", N", "-torch.log(solved(log_p, N))", [(1,), (2,), (8,), (64,)],
     {"-torch.log(solved(log_p, N).mean())": "Take the mean after the logarithm, not before",
      "-solved(log_p, N).mean()": "This is minus the mean of pass@N. The logarithm is missing",
+     "-(N * torch.log(1 - log_p.exp())).mean()": "(1 - p)^N is that all N fail. pass@N is one minus that",
      "-torch.log(pass_at_n(log_p, N)).mean()": "This takes log p for p: p = log_p.exp() first",
      "-(N * log_p).mean()": "This asks that all N tries be right. One is enough"})
 EDGES["limited_loss"] = (TINY, 8), FLOAT64
@@ -262,10 +268,11 @@ CHECKS["overconfidence_factor"] = (
     {"factor(p, N) / p": NO_P,
      "factor(p, N) / N": NO_N,
      "factor(p, N) * (1 - p)": ONE_LESS,
+     "N * p / pass_at_n(p, N)": "(1 - p)^(N - 1) is missing: the derivative of a power keeps all but one",
      "factor(p, N) * pass_at_n(p, N)": "The denominator, pass@N, is missing: the loss is the log of pass@N"})
 
 CHECKS["weighted_loss"] = mean_loss(
-    ", N", "-factor(log_p.exp(), N).detach() * log_p", EACH_N,
+    ", N", "-factor(log_p.exp(), N).detach() * log_p", [(1,), (2,), (8,), (64,)],
     {"-(factor(log_p.exp(), N) * log_p).mean()": "The gradient goes through F, too. A mere weight is detached",
      "-torch.log(solved(log_p, N)).mean()": "This is limited_loss itself. Write cross-entropy, with F as a weight"})
 EDGES["weighted_loss"] = (TINY, 8), FLOAT64
@@ -275,7 +282,8 @@ CHECKS["reward_weight"] = (
     {"factor(p, N)": "This is F, under the log of pass@N. Without the logarithm there is no denominator",
      "N * (1 - p) ** (N - 1)": NO_P,
      "p * (1 - p) ** (N - 1)": NO_N,
-     "N * p * (1 - p) ** N": ONE_LESS})
+     "N * p * (1 - p) ** N": ONE_LESS,
+     "pass_at_n(p, N)": "This is pass@N itself. Its derivative is asked for"})
 
 
 def weights(rewards, N):
@@ -285,9 +293,8 @@ def weights(rewards, N):
 
 
 def mean_gradient(f, n, N, p):
-    """The mean of Σ_i w_i d/dθ log π(try i) over all outcomes of n tries. With p = sigmoid(θ), d/dθ log π is 1 - p for
-    a right try, and -p for a wrong one. Unbiased, it is d/dθ pass@N = N p (1 - p)^N, whatever is subtracted as a
-    baseline. The order of the tries does not matter, so one outcome stands for all with as many right ones."""
+    """The mean of Σ_i w_i d/dθ log π(try i) over all outcomes of n tries, with p = sigmoid(θ). Unbiased, it is d/dθ
+    pass@N = N p (1 - p)^N, whatever the baseline. One outcome stands for all with as many right tries."""
     rewards = torch.ones(n + 1, n).tril(-1).roll(1, dims=1)  # row c has c right tries
     together = call(f, "advantages", (rewards, N))[1]
     if together.shape != rewards.shape:
@@ -326,18 +333,15 @@ def optimal_policy(p, N):
 
 CHECKS["optimal_policy"] = (
     "p, N", "optimal_policy(p, N)", [(MIXED, 2), (MIXED, 3), (MIXED, 8), (MIXED, 64), (DRAWN / DRAWN.sum(), 4)],
-    {"p": "This is p itself, where cross-entropy tends, whatever N is",
-     "keep(p, N, len(p))": "Some q are negative. Such an answer gets 0, and λ is found anew for the others",
-     "keep(p, N, len(p)).clamp(min=0)": "q sums to more than 1. Without the answers that get 0, find λ anew",
-     "p ** (1 / N) / (p ** (1 / N)).sum()":
-        "This is a temperature. The best q makes p_i (1 - q_i)^(N - 1) the same for all answers that it keeps"})
+    {"keep(p, N, len(p))": "Some q are negative. Such an answer gets 0, and λ is found anew for the others",
+     "keep(p, N, len(p)).clamp(min=0)": "q sums to more than 1. Without the answers that get 0, find λ anew"})
 EDGES["optimal_policy"] = (MIXED, 1), "With one try, all belongs on the likeliest answer"
 
 CHECKS["hard_stop"] = mean_loss(
     ", N, k", "-torch.where(log_p.exp() < k / N, log_p, 0)", [(8, 1), (8, 4), (64, 2), (64, 10)],
     {"-torch.where(log_p.exp() > k / N, log_p, 0).mean()": "The wrong ones pull: those with p below k / N should",
      "-torch.where(log_p < k / N, log_p, 0).mean()": "This compares log p with k / N. Compare p",
-     "-log_p[log_p.exp() < k / N].sum() / (log_p.exp() < k / N).sum().clamp(min=1)":
+     "-log_p[log_p.exp() < k / N].mean()":
         "This is the mean over those that pull. Take it over the batch, or the last one left pulls as hard as all"})
 
 CHECKS["power_loss"] = mean_loss(
@@ -348,19 +352,16 @@ EDGES["power_loss"] = (TINY, 8, 0.5), FLOAT64
 CHECKS["fixed_weights_loss"] = (
     "log_p, p_before", "-(p_before * log_p).sum() / p_before.sum()",
     [(DRAWN.log(), THREE), (THREE.log().float(), torch.tensor([0.2, 0.5, 0.1])), (WIDE[0] - 9, WIDE[1].exp())],
-    {"(p_before * log_p).sum() / p_before.sum()": "The sign: a loss is made smaller as p grows",
-     "-(p_before * log_p).sum()": "Divide by the sum of the weights",
+    {"-(p_before * log_p).sum()": "Divide by the sum of the weights",
      "-(p_before * log_p).mean()": "Divide by the sum of the weights, not by their number"})
 
 CHECKS["maxrl_loss"] = mean_loss(
     ", N", "sum((1 - log_p.exp()) ** k / k for k in range(1, N + 1))", [(2,), (3,), (8,), (64,)],
-    {"sum((1 - log_p.exp()) ** k / k for k in range(1, N)).mean()": "The term k = N is missing: range(1, N + 1)",
-     "sum((1 - log_p.exp()) ** k for k in range(1, N + 1)).mean()": "Each term is to be divided by k"})
+    {"sum((1 - log_p.exp()) ** k / k for k in range(1, N)).mean()": "The term k = N is missing: range(1, N + 1)"})
 
 CHECKS["grpo_loss"] = mean_loss(
     "", "-2 * torch.asin(log_p.exp().clamp(max=1 - 1e-6).sqrt())", [()],
-    {"-torch.asin(log_p.exp().sqrt()).mean()": "The factor 2 is missing",
-     "-2 * torch.asin(log_p.exp()).mean()": "The root is missing: asin of the root of p"})
+    {"-torch.asin(log_p.exp().sqrt()).mean()": "The factor 2 is missing"})
 EDGES["grpo_loss"] = (torch.tensor([0.0, -1.0]),), "The slope is infinite at p = 1: clamp p to just below 1"
 
 # ==== 4. In a terminal ====================================================================================
@@ -370,7 +371,8 @@ def main(argv):
     """Judge the functions in a file. Returns the exit status."""
     sys.stdout.reconfigure(errors="replace")  # some consoles cannot print λ
     if len(argv) != 1 or not argv[0].endswith(".py"):
-        return fail("give one Python file, as in: python exercises/check.py my_file.py")
+        print("check.py: give one Python file, as in: python exercises/check.py my_file.py", file=sys.stderr)
+        return 2
     path = Path(argv[0]).resolve()
     sys.path[:0] = [str(path.parent), str(Path(__file__).resolve().parents[1])]  # where it may import from
     spec = importlib.util.spec_from_file_location("judged", path)
@@ -379,7 +381,8 @@ def main(argv):
     try:
         spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:
-        return fail(f"{argv[0]} cannot be run: {explain(error, str(path))}")
+        print(f"check.py: {argv[0]} cannot be run: {explain(error, str(path))}", file=sys.stderr)
+        return 2
     is_right = []
     for name, f in vars(module).items():
         if name in CHECKS and getattr(f, "__module__", "") == "judged":  # not what is imported
@@ -387,13 +390,9 @@ def main(argv):
             print(f"{name}: {words}")
             is_right.append(words.startswith("right"))
     if not is_right:
-        return fail(f"in {argv[0]} is none of the functions {', '.join(CHECKS)}")
+        print(f"check.py: in {argv[0]} is none of the functions {', '.join(CHECKS)}", file=sys.stderr)
+        return 2
     return 0 if all(is_right) else 1
-
-
-def fail(words):
-    print(f"check.py: {words}", file=sys.stderr)
-    return 2
 
 
 if __name__ == "__main__":

@@ -65,8 +65,8 @@ pass_at_n(p, N): 1 - math.prod([1 - p] * N) ; sum(p * (1 - p) ** k for k in rang
 pass_at_n(p, N): torch.tensor(1 - np.power(1 - np.asarray(p), N)) ; 1 - torch.pow(1 - torch.as_tensor(p), N) | right
 estimate_pass_at_n(n, c, N): 1 - comb(n - c, N) / comb(n, N) | name 'comb' is not defined. Names need their module
 estimate_pass_at_n(n, c, N): sum(min(s) < c for s in combinations(range(n), N)) / math.comb(n, N) | math.comb counts
-estimate_pass_at_n(n, c, N): 1 - math.prod((n - c - j) / (n - j) for j in range(N)) | right
-estimate_pass_at_n(n, c, N): 1 - Fraction(math.comb(n - c, N), math.comb(n, N)) | right
+estimate_pass_at_n(n, c, N): 1 - math.prod(Fraction(n - c - j, n - j) for j in range(N)) | right
+overconfidence_factor(p, N): -answers.overconfidence_factor(p, N) | The sign is wrong
 log_p_of(x, y): y.zero_() + x.log_softmax(1)[:, 0] | should be
 log_p_of(x, y): x.log_softmax(1)[range(len(y)), y].detach() | No gradient gets back
 log_p_of(x, y): x.softmax(1)[range(len(y)), y].log() | right, except for log_p_of([[0, 200],
