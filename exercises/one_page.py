@@ -1,5 +1,5 @@
 """Train a model to be right in any of N tries, not in the first (arXiv 2502.07154), on one page.
-With --loss ce confidence grows, and pass@64 rises, then falls. With --loss limited it stays."""
+python exercises/one_page.py --loss ce: pass@64 rises, then falls; --loss limited: it stays."""
 import argparse
 import random
 import torch
@@ -23,7 +23,7 @@ def cross_entropy(log_p, N):
     return -log_p.mean()
 # The limited loss asks that any of N tries be right.
 def limited(log_p, N):
-    p = log_p.double().exp().clamp(max=1 - 1e-12)  # at p = 1 the gradient would be 0 / 0
+    p = log_p.double().exp().clamp(max=1 - 1e-12)  # at p = 1 the gradient would be nan
     return -pass_at_n(p, N).log().mean()
 
 # A problem is a text, 37*58=2146. Each pair comes once: no test problem is trained on, swapped.
