@@ -186,7 +186,7 @@ def solution_10(args):
             axis.plot(ns, share, color=color, marker="o", markevery=[int(np.log2(N))], label=f"N = {N}")
         axis.set(title=f"after {epochs} epochs: pass@n / the best", xlabel="tries n (dot: trained for n)")
         axis.set(xscale="log", xticks=COLUMNS, xticklabels=COLUMNS, ylim=(0, 1.03))
-    axis.legend(title="trained for")
+    figure.axes[0].legend(title="trained for", loc="lower right")
     passn.save_figure(figure, passn.folder(args.out) / "frontier.png")
 
 
