@@ -68,8 +68,3 @@ def maxrl_loss(log_p, N):
 
 def grpo_loss(log_p):
     return -2 * log_p.exp().clamp(max=1 - 1e-6).sqrt().asin().mean()  # at p = 1 the slope is infinite
-
-
-def power_loss(log_p, N, power):
-    log_fail = torch.log1p(-log_p.clamp(max=-1e-6).exp())
-    return -((-torch.expm1(N * log_fail)) ** power / power).mean()
