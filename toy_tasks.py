@@ -148,7 +148,6 @@ class Multiply(Task):
     """Products of two two-digit numbers. No test problem is a training problem, not even with its factors swapped."""
     settings = {"batch_size": 100, "learning_rate": 2e-3,
                 "num_train": 2000, "num_test": 1000}  # number of problems
-
     others = 0  # how many problems behind the test problems are left to another task
 
     def __init__(self, seed=0, **config):
