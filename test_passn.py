@@ -628,15 +628,15 @@ def test_solved_examples_are_passed_over_and_batches_are_full(monkeypatch):
     updates are made; what is left of an epoch waits for the next. The order is the seed's, whatever the loss."""
     seen = p_is(monkeypatch, lambda batch: torch.where(batch % 2 == 0, 3.8 / 64, 3.4 / 64))
     sizes, orders = few("multiply", num_train=95, batch_size=20, epochs=4), []
-    for loss, changes in (("limited", {}), ("limited", {"pass_over": 0.0}),
+    for loss, changes in (("limited", {}), ("root", {}), ("limited", {"pass_over": 0.0}),
                           ("reward", {}), ("ce", {"seed": 1})):
         seen.clear()
         run, _ = train("multiply", loss, **sizes, **changes)
         assert len(seen) == run["history"][-1]["updates"]
         assert {*map(len, seen)} == {20}
         orders.append([*seen])
-    passed, limited, reward, other_seed = orders
-    assert len(passed) == 9
+    passed, root, limited, reward, other_seed = orders
+    assert len(passed) == 9 and root == passed
     assert all(i % 2 for batch in passed for i in batch)
     assert limited == reward and len(reward) == len(other_seed) == 19
     assert sorted(reward[0]) != reward[0] != other_seed[0]
