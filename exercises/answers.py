@@ -58,13 +58,9 @@ def power_loss(log_p, N, power):
     return -(pass_at_n(log_p.double().exp(), N) ** power).mean() / power
 
 
-def fixed_weights_loss(log_p, p_before):
-    return -(p_before * log_p).sum() / p_before.sum()
-
-
 def maxrl_loss(log_p, N):
     return sum((1 - log_p.exp()) ** k / k for k in range(1, N + 1)).mean()
 
 
-def grpo_loss(log_p):
+def grpo_loss(log_p, N):  # whatever N is
     return -2 * log_p.exp().clamp(max=1 - 1e-6).sqrt().asin().mean()  # at p = 1 the slope is infinite

@@ -7,9 +7,9 @@ In a notebook, check(pass_at_n) prints one line. In a terminal,
 prints one for each of these functions in the file; the exit status is 0 if all are right, 1 if one is wrong, and 2 if
 there is nothing to judge. A loop without end is left with the notebook's stop button, or with Ctrl-C."""
 
-import importlib.util
 import math
 import random
+import runpy
 import sys
 import timeit
 import traceback
@@ -17,6 +17,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
+
+import answers
+from answers import advantages as weights, overconfidence_factor as factor, pass_at_n
 
 CHECKS = {}  # {name: (its arguments, what is right, cases to try it on, {what students write instead: a hint})}
 EDGES = {}  # {name: (arguments where a right formula may lose all its digits, a hint)}
@@ -40,7 +43,7 @@ def use(f):
     if verdict(f, f.__name__).startswith("right"):
         return f
     print(f"{f.__name__} is not right yet: here the one from answers.py stands in for it")
-    return getattr(importlib.import_module("answers"), f.__name__)
+    return getattr(answers, f.__name__)
 
 
 def verdict(f, name):
@@ -180,7 +183,6 @@ def text(value):
 
 # ==== 3. What is right, and what students write ===========================================================
 
-
 PICK = random.Random()  # so that no list of answers passes for a function
 THREE = torch.tensor([0.3, 0.1, 0.6]).double()
 DRAWN = torch.tensor([PICK.uniform(0.02, 0.9) for _ in range(3)]).double()
@@ -190,14 +192,6 @@ TALL = torch.tensor([[0.0, 1.0], [2.0, -1.0], [1.0, 1.5]])
 TINY = torch.tensor([-20.0, -1.0])
 FLOAT64 = "1 - p is rounded to 1 in float32: begin with log_p.double(), which is float64"
 MANY_SETS = 66, 1, 64  # of C(66, 64) = 2,145 sets
-
-
-def pass_at_n(p, N):
-    return 1 - (1 - p) ** N
-
-
-def factor(p, N):
-    return N * p * (1 - p) ** (N - 1) / pass_at_n(p, N)
 
 
 def solved(log_p, N):
@@ -286,12 +280,6 @@ CHECKS["reward_weight"] = (
      "pass_at_n(p, N)": "This is pass@N itself. Its derivative is asked for"})
 
 
-def weights(rewards, N):
-    n, counts = rewards.shape[1], rewards.sum(dim=1).int().tolist()
-    others_fail = [math.comb(n - c, N - 1) / math.comb(n - 1, N - 1) for c in counts]
-    return N / n * torch.tensor(others_fail)[:, None] * rewards
-
-
 def mean_gradient(f, n, N, p):
     """The mean of Σ_i w_i d/dθ log π(try i) over all outcomes of n tries, with p = sigmoid(θ). Unbiased, it is d/dθ
     pass@N = N p (1 - p)^N, whatever the baseline. One outcome stands for all with as many right tries."""
@@ -349,20 +337,14 @@ CHECKS["power_loss"] = mean_loss(
     {"-(solved(log_p, N) ** power).mean()": "Divide by the power"})
 EDGES["power_loss"] = (TINY, 8, 0.5), FLOAT64
 
-CHECKS["fixed_weights_loss"] = (
-    "log_p, p_before", "-(p_before * log_p).sum() / p_before.sum()",
-    [(DRAWN.log(), THREE), (THREE.log().float(), torch.tensor([0.2, 0.5, 0.1])), (WIDE[0] - 9, WIDE[1].exp())],
-    {"-(p_before * log_p).sum()": "Divide by the sum of the weights",
-     "-(p_before * log_p).mean()": "Divide by the sum of the weights, not by their number"})
-
 CHECKS["maxrl_loss"] = mean_loss(
     ", N", "sum((1 - log_p.exp()) ** k / k for k in range(1, N + 1))", [(2,), (3,), (8,), (64,)],
     {"sum((1 - log_p.exp()) ** k / k for k in range(1, N)).mean()": "The term k = N is missing: range(1, N + 1)"})
 
 CHECKS["grpo_loss"] = mean_loss(
-    "", "-2 * torch.asin(log_p.exp().clamp(max=1 - 1e-6).sqrt())", [()],
+    ", N", "-2 * torch.asin(log_p.exp().clamp(max=1 - 1e-6).sqrt())", [(1,), (64,)],
     {"-torch.asin(log_p.exp().sqrt()).mean()": "The factor 2 is missing"})
-EDGES["grpo_loss"] = (torch.tensor([0.0, -1.0]),), "The slope is infinite at p = 1: clamp p to just below 1"
+EDGES["grpo_loss"] = (torch.tensor([0.0, -1.0]), 1), "The slope is infinite at p = 1: clamp p to just below 1"
 
 # ==== 4. In a terminal ====================================================================================
 
@@ -375,16 +357,13 @@ def main(argv):
         return 2
     path = Path(argv[0]).resolve()
     sys.path[:0] = [str(path.parent), str(Path(__file__).resolve().parents[1])]  # where it may import from
-    spec = importlib.util.spec_from_file_location("judged", path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["judged"] = module  # dataclasses look it up
     try:
-        spec.loader.exec_module(module)
+        module = runpy.run_path(str(path), run_name="judged")
     except (Exception, SystemExit) as error:
         print(f"check.py: {argv[0]} cannot be run: {explain(error, str(path))}", file=sys.stderr)
         return 2
     is_right = []
-    for name, f in vars(module).items():
+    for name, f in module.items():
         if name in CHECKS and getattr(f, "__module__", "") == "judged":  # not what is imported
             words = verdict(f, name)
             print(f"{name}: {words}")

@@ -21,17 +21,18 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the folder of pa
 
 import answers
 import passn
-from passn import COLUMNS, LOSSES, estimate_pass_at_n, fail, over_seeds, pass_at, pass_at_n, stack
+from passn import COLUMNS, LOSSES, at_best, curve, estimate_pass_at_n, fail, over_seeds, pass_at, pass_at_n, stack
 from toy_tasks import TASKS, Multiply, Search
 
 COLORS = "#D55E00", "#56B4E9", "#0072B2", "black"  # for the colour-blind
+HEADER = "pass@1", "pass@64", "best@64", "confidence"
 measure_all = passn.evaluate
 
 
 def line(label, *cells):
-    """Print a line of a table: texts as they are, numbers with three digits."""
-    texts = (cell if isinstance(cell, str) else f"{cell:.3f}" for cell in cells)
-    print(f"{label:34}", *(f"{text:>12}" for text in texts))
+    """Print a line of a table: texts as they are, numbers with three digits, pairs as mean ± standard error."""
+    formats = {str: "{}", tuple: "{0[0]:+.3f}±{0[1]:.3f}"}
+    print(f"{label:34}", *(f"{formats.get(type(cell), '{:.3f}').format(cell):>12}" for cell in cells))
 
 
 def evaluate_training(problems, model, loss, N):
@@ -69,36 +70,25 @@ def p_of(run, epoch=-1):
     return run["history"][epoch]["p"][0]  # at temperature 1
 
 
-def header(title=""):
-    line(title, "pass@1", "pass@64", "best@64", "confidence")
-
-
 def show(args, *which, label="", epoch=-1, **changes):
     """A line of a table, means over the seeds: pass@1, pass@64 and confidence in an epoch, pass@64 in the best one."""
     row = runs(args, *which, **changes)
-    pass_1, pass_64, confidence = stack(row, 1)[..., 0], stack(row, 64)[..., 0], passn.curve(row, "confidence")
-    values = pass_1[:, epoch], pass_64[:, epoch], pass_64.max(axis=1), confidence[:, epoch]
+    pass_1, pass_64 = (stack(row, N)[:, epoch, 0] for N in (1, 64))
+    values = pass_1, pass_64, at_best(row, 64)[0], curve(row, "confidence")[:, epoch]
     line(label or row[0]["label"], *map(np.mean, values))
     return row
-
-
-def difference(label, row, other):
-    """One row minus another at the end, on the same seeds, for 1, 8 and 64 tries."""
-    leads = (over_seeds((stack(row, n) - stack(other, n))[:, -1, 0]) for n in COLUMNS[:3])
-    line(label, *("{:+.3f}±{:.3f}".format(*lead) for lead in leads))
 
 
 def solution_1(args):
     row = runs(args, "ce")
     line("cross-entropy", "pass@1", "pass@64", "confidence")
     for i, record in enumerate(row[0]["history"]):
-        line(f"epoch {record['epoch']}", *(stack(row, N)[:, i, 0].mean() for N in (1, 64)),
-             passn.curve(row, "confidence")[:, i].mean())
+        values = *(stack(row, N)[:, i, 0] for N in (1, 64)), curve(row, "confidence")[:, i]
+        line(f"epoch {record['epoch']}", *map(np.mean, values))
     line("", "best epoch", "and T", "the end", "and T")
     for row in (row, runs(args, "limited")):
-        pass_64 = stack(row, 64)
-        end, best = pass_64[:, -1], pass_64[..., 0].max(axis=1)
-        line(row[0]["label"], *map(np.mean, (best, pass_64.max(axis=(1, 2)), end[:, 0], end.max(axis=1))))
+        end = stack(row, 64)[:, -1]
+        line(row[0]["label"], *map(np.mean, (*at_best(row, 64), end[:, 0], end.max(axis=1))))
 
 
 def solution_2(args):
@@ -108,23 +98,23 @@ def solution_2(args):
     torch.manual_seed(0)
     for n in (64, 128, 512):
         num_right = torch.distributions.Binomial(n, p).sample([200])  # 200 times n samples of each problem
-        unbiased = estimate_pass_at_n(n, num_right, 64).mean(dim=1)
-        naive = pass_at_n(num_right / n, 64).mean(dim=1)
-        line(f"{n} samples, unbiased", unbiased.mean(), unbiased.std())
-        line(f"{n} samples, c/n for p", naive.mean(), naive.std())
+        estimates = {"unbiased": estimate_pass_at_n(n, num_right, 64), "c/n for p": pass_at_n(num_right / n, 64)}
+        for label, values in estimates.items():
+            line(f"{n} samples, {label}", values.mean(), values.mean(dim=1).std())
 
 
 def solution_6(args):
-    header()
+    line("", *HEADER)
     for changes in ({}, {"epochs": 2 * passn.configure("multiply", "ce")["epochs"]}):
         for loss in ("ce", "limited", "root"):
             show(args, loss, **changes)
-    without = [show(args, loss, pass_over=0.0) for loss in ("limited", "root")]
-    line("at the end, paired", "pass@1", "pass@8", "pass@64")
+    all_limited, all_root = (show(args, loss, pass_over=0.0) for loss in ("limited", "root"))
     limited, root = (runs(args, loss) for loss in ("limited", "root"))
-    difference("root minus limited", root, limited)
-    difference("limited, passing over minus not", limited, without[0])
-    difference("root, passing over minus not", root, without[1])
+    line("at the end, paired", "pass@1", "pass@8", "pass@64")
+    for label, row, other in (("root minus limited", root, limited),
+                              ("limited, passing over minus not", limited, all_limited),
+                              ("root, passing over minus not", root, all_root)):
+        line(label, *(over_seeds((stack(row, n) - stack(other, n))[:, -1, 0]) for n in COLUMNS[:3]))
 
 
 def solution_7(args):
@@ -133,12 +123,12 @@ def solution_7(args):
         row = runs(args, "ce", task=task, with_training=True)
         best = stack(row, 64)[..., 0].argmax(axis=1)
         in_training = [pass_at_n(run["history"][i]["all_train_p"], 64).mean() for run, i in zip(row, best)]
-        limited = stack(runs(args, "limited", task=task), 64)[..., 0]
-        line(task, np.mean(in_training), stack(row, 64)[..., 0].max(axis=1).mean(), limited[:, -1].mean())
+        limited = stack(runs(args, "limited", task=task), 64)[:, -1, 0]
+        line(task, *map(np.mean, (in_training, at_best(row, 64)[0], limited)))
 
 
 def solution_8(args):
-    header()
+    line("", *HEADER)
     show(args, "limited")
     show(args, "limited", pass_over=0.0)  # the others, too, pass over nothing
     for k in (1, 2, 4):
@@ -164,7 +154,7 @@ class Averaged(Multiply):
 
 def solution_9(args):
     TASKS["averaged"] = Averaged
-    header()
+    line("", *HEADER)
     show(args, "ce")
     show(args, "ce", task="averaged", label="cross-entropy, weights averaged")
     for changes in ({"weight_decay": 0.1}, {"weight_decay": 0.3}, {"n_embd": 32}):
@@ -205,7 +195,7 @@ class FixedWeights(Search):
 
 def solution_11(args):
     TASKS["fixed-weights"] = FixedWeights
-    header()
+    line("", *HEADER)
     show(args, "reward", 1, "search", True, epoch=0, label="before training")
     rows = {"reward N=1": show(args, "reward", 1, "search", True),
             "fixed weights": show(args, "ce", 1, "fixed-weights", True, label="fixed weights"),
@@ -225,14 +215,12 @@ def solution_11(args):
 
 
 def solution_13(args):
-    grpo_loss = args.write["grpo_loss"]
-    args.write["grpo_loss"] = lambda log_p, N: grpo_loss(log_p)
     for task in ("multiply", "search", *(["math"] if args.math_dir else [])):
-        header(f"{task}, power 0 to 1")
+        line(f"{task}, power 0 to 1", *HEADER)
         quarter, three_quarters = (enter(args, "power_loss", power) for power in (0.25, 0.75))
         for loss in ("limited", quarter, "root", three_quarters, "reward"):
             show(args, loss, 64, task, **({"pass_over": 0.0} if loss in ("limited", "root") else {}))
-    header("search, after imitation")
+    line("search, after imitation", *HEADER)
     for loss, N in (("reward", 1), (enter(args, "grpo_loss"), 1), (enter(args, "maxrl_loss"), 64), ("reward", 64)):
         show(args, loss, N, "search", start="prove")
 
@@ -257,8 +245,7 @@ def solution_14(args):
         line(label, *(values[group].mean() for group in groups))
         of_best = pass_64.get(f"{label.split()[0]} cross-entropy, best epoch")
         if of_best is not None and "cross-entropy" not in label:
-            leads = (over_seeds((values - of_best)[group]) for group in groups)
-            line("minus cross-entropy's best epoch", *("{:+.3f}±{:.3f}".format(*lead) for lead in leads))
+            line("minus cross-entropy's best epoch", *(over_seeds((values - of_best)[group]) for group in groups))
 
 
 SOLUTIONS = {name[9:]: function for name, function in [*globals().items()] if name.startswith("solution_")}

@@ -36,6 +36,9 @@ def test_pass_at_n_its_derivatives_and_its_estimate():
     for c, N in product(range(8), range(1, 8)):
         sets = [min(chosen) < c for chosen in combinations(range(7), N)]  # the first c of 7 samples are right
         assert right("estimate_pass_at_n", 7, c, N) == approx(sum(sets) / len(sets))
+    for n, N, p in CHECKS["advantages"][2]:
+        others, gradient = check.mean_gradient(answers.advantages, n, N, p).values()
+        assert others == 0 and gradient == approx(N * p * (1 - p) ** N)
 
 
 @pytest.mark.parametrize("name, args, of_p", [
@@ -43,7 +46,7 @@ def test_pass_at_n_its_derivatives_and_its_estimate():
     ("power_loss", [8, 0.5], lambda p: -2 * math.sqrt(1 - (1 - p) ** 8)),
     ("hard_stop", [8, 2], lambda p: -math.log(p) if p < 0.25 else 0),
     ("maxrl_loss", [3], lambda p: 1 - p + (1 - p) ** 2 / 2 + (1 - p) ** 3 / 3),
-    ("grpo_loss", [], lambda p: 2 * math.acos(math.sqrt(p)) - math.pi)])
+    ("grpo_loss", [9], lambda p: 2 * math.acos(math.sqrt(p)) - math.pi)])
 def test_losses_are_means(name, args, of_p):
     assert right(name, torch.tensor(P).log(), *args).item() == approx(sum(map(of_p, P)) / 3)
 
@@ -87,9 +90,8 @@ advantages(r, N): torch.where(r == 1, answers.advantages(r, N), 0) ; answers.adv
 optimal_policy(p, N): 1 / (N - 1) * (N - 1) * answers.optimal_policy(p, N) | right, except for
 hard_stop(x, N, k): -torch.where(x.exp() < k / N, x, 0.0).mean() ; -x[x.exp() < k / N].sum() / len(x) | right
 power_loss(x, N, power): -((power * torch.log(1 - (1 - x.double().exp()) ** N)).exp() / power).mean() | right
-fixed_weights_loss(x, p): -torch.dot((p / p.sum()).to(x), x) ; -sum(w * y for w, y in zip(p, x)) / p.sum() | right
 maxrl_loss(x, N): torch.stack([(1 - x.exp()) ** k / k for k in range(1, N + 1)]).sum(0).mean() | right
-grpo_loss(x): 2 * torch.acos(x.exp().clamp(max=1 - 1e-6) ** 0.5).mean() - math.pi | right
+grpo_loss(x, N): 2 * torch.acos(x.exp().clamp(max=1 - 1e-6) ** 0.5).mean() - math.pi | right
 """
 LINES = TYPED.strip().splitlines()
 for name, (arguments, _, _, mistakes) in CHECKS.items():
