@@ -297,7 +297,7 @@ def small_task(name, folder):
 @for_each_task
 def test_p_is_the_share_of_right_tries_at_any_temperature_and_confidence_that_of_the_greedy_one(name, tmp_path):
     """Hot tries are those of a model with smaller logits."""
-    draws, (task, model) = 1000, small_task(name, tmp_path)
+    draws, (task, model) = 500, small_task(name, tmp_path)
     for parameter in model.parameters():
         parameter.data *= 4
     optimizer = torch.optim.Adam(model.parameters(), 1e-2)
@@ -902,19 +902,23 @@ def has_ended(pid):
     return not Path(f"/proc/{pid}").exists() or ") Z " in Path(f"/proc/{pid}/stat").read_text()
 
 
-@pytest.fixture
-def program(tmp_path):
-    """passn.py with two runs of many epochs."""
-    command = [sys.executable, ROOT / "passn.py", *SMALL, "--epochs", "100000", "--out", tmp_path]
+@pytest.fixture(scope="module")
+def programs(tmp_path_factory):
+    """passn.py, started twice side by side, each with two runs of many epochs."""
     if not Path("/proc").exists() or os.cpu_count() == 1:
         pytest.skip("needs two cores and /proc")
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True) as process:
-        yield process
-        process.kill()
+    command = [sys.executable, ROOT / "passn.py", *SMALL, "--epochs", "100000", "--out"]
+    started = [subprocess.Popen([*command, tmp_path_factory.mktemp("out")], stderr=subprocess.PIPE, text=True,
+                                start_new_session=True) for _ in range(2)]
+    yield started
+    for program in started:
+        program.kill()
+        program.communicate()
 
 
-def test_ctrl_c_is_one_line_and_ends_every_process(program):
+def test_ctrl_c_is_one_line_and_ends_every_process(programs):
     """As a terminal sends it, to all processes, while the workers start."""
+    program = programs[0]
     until(lambda: len(workers(program)) == 2)
     both = workers(program)
     os.killpg(program.pid, signal.SIGINT)
@@ -924,8 +928,9 @@ def test_ctrl_c_is_one_line_and_ends_every_process(program):
     until(lambda: all(map(has_ended, both)))
 
 
-def test_workers_end_with_their_parent_and_not_with_each_other(program, tmp_path):
-    until(lambda: len([*tmp_path.glob("*.partial")]) == 2)
+def test_workers_end_with_their_parent_and_not_with_each_other(programs):
+    program = programs[1]
+    until(lambda: len(workers(program)) == 2)
     first, second = workers(program)
     os.kill(first, signal.SIGKILL)
     until(lambda: has_ended(first))
@@ -935,23 +940,25 @@ def test_workers_end_with_their_parent_and_not_with_each_other(program, tmp_path
     until(lambda: has_ended(second))
 
 
-def test_a_program_that_cannot_be_started_again_or_has_no_standard_error_trains_here(tmp_path):
-    script = f"import passn; passn.main({[*SMALL, '--out', str(tmp_path), '--loss', 'ce', '--seeds', '2']})"
-    command = f"'{sys.executable}' - 2>&-"
-    done = subprocess.run(command, input=script, stdout=subprocess.PIPE, text=True, cwd=ROOT, shell=True)
-    assert done.returncode == 0 and "best@64" in done.stdout
+def test_main_trains_here_unless_told_otherwise_and_without_standard_error(tmp_path, monkeypatch, capsys):
+    """What calls it, such as a script from standard input, may not be there to be started again."""
+    monkeypatch.setattr(passn.multiprocessing, "get_context", None)
+    monkeypatch.setattr(sys, "stderr", None)
+    assert passn.main([*SMALL, "--out", str(tmp_path), "--loss", "ce", "--seeds", "2"]) == 0
+    assert "best@64" in capsys.readouterr().out
     assert len([*tmp_path.glob("*.json")]) == 2
 
 
-# ==== 10. The README ======================================================================================
+# ==== 10. The texts =======================================================================================
 
 
-def test_the_readmes_links_resolve_and_its_commands_parse():
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    for link in re.findall(r"\]\((?!http)([^)#]+)", text):
-        assert (ROOT / link).exists(), link
+@parametrize("path, number", [("README.md", 7), ("exercises/README.md", 2), ("exercises/TEACHER.md", 0)])
+def test_links_resolve_and_commands_parse(path, number):
+    text = (ROOT / path).read_text(encoding="utf-8")
+    for link in re.findall(r"\]\((?!http)([^)#]+)", text) + re.findall(r"python (\w[\w/]+\.py)", text):
+        assert any((folder / link).exists() for folder in (ROOT, (ROOT / path).parent)) or "my_" in link, link
     commands = {*re.findall(r"python passn\.py( --[^`#]*?)?(?=`| ```| python| #)", " ".join(text.split()))}
     for command in commands:
         if "--help" not in command and "TASK" not in command:
             passn.parse_arguments(command.replace("DIR", ".").split())
-    assert len(commands) > 5
+    assert len(commands) == number

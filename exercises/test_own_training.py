@@ -35,12 +35,6 @@ def tiny_llama(vocab_size=20, **changes):
     return transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=vocab_size, **shape))
 
 
-def share_of_right_tries(model, prompt, answer, number):
-    ids = torch.tensor([prompt] * number)
-    rows = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=True, top_k=0, max_new_tokens=len(answer))
-    return (rows[:, len(prompt):] == torch.tensor(answer)).all(dim=1).double().mean().item()
-
-
 def p_of(model, tokenizer, end_tokens=None, args={}, **row):
     """p of one row, or what LimitedLoss refuses it for. SimpleNamespace is what it reads of a trainer."""
     recipe = type("Recipe", (own.LimitedLoss, SimpleNamespace), {"N": 1, "end_tokens": end_tokens})
@@ -53,29 +47,20 @@ def p_of(model, tokenizer, end_tokens=None, args={}, **row):
         return str(error)
 
 
-@torch.no_grad()
-def test_p_is_the_share_of_tries_that_stop_at_the_end_token():
-    torch.manual_seed(0)
-    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(vocab_size=8, n_embd=16, n_layer=1, n_head=2,
-        n_positions=8, initializer_range=0.3, bos_token_id=0, eos_token_id=1)).eval()
-    row = {"input_ids": [5, 6, 3, 1, 2], "labels": [-100, -100, 3, 1, 2]}
-    p = p_of(model, None, **row)
-    all_count = [p_of(model, None, end_tokens, **row) for end_tokens in ((), [2])]
-    assert p == approx(0.01283, abs=5e-6) and all_count == approx([0.000375] * 2, abs=5e-7)
-    assert share_of_right_tries(model, [5, 6], [3, 1], 20_000) == approx(p, abs=0.003)  # four standard errors
-
-
-@mark.parametrize("labels, of_model, of_tokenizer, right", [
-    (".312", 1, 2, 2), (".371", 1, 7, 3), (".371", [1, 7], None, 2),
-    (".371", None, 7, 2), ("_.31", 1, 1, 2), (".31_", 1, 1, 2), ("..3_", 0, 0, "no end token"),
-    (".345", [1, 7], 5, "no end token"), (".312", None, None, "set end_tokens"), ("....", 1, 1, "no answer"),
-    (".310", 1, 1, "padding is not labelled"), ("__41", 1, 1, "a prompt or"), (".1.1", 1, 1, "several")])
-def test_an_answer_is_what_is_labelled_up_to_its_first_end_token(labels, of_model, of_tokenizer, right):
-    """A dot is a prompt's token, _ and 0 are padding. Eight tokens are equally likely: p is 8 to the minus number."""
+@mark.parametrize("labels, ends, right", [
+    (".312", (1, 2), 2), (".371", (1, 7), 3), (".371", ([1, 7], None), 2), (".312", (1, 2, ()), 3),
+    (".312", (1, 1, [2]), 3), (".371", (None, 7), 2), ("_.31", (1, 1), 2), (".31_", (1, 1), 2),
+    ("..3_", (0, 0), "no end token"), (".345", ([1, 7], 5), "no end token"), (".312", (None, None), "set end_tokens"),
+    ("....", (1, 1), "no answer"), (".310", (1, 1), "padding is not labelled"), ("__41", (1, 1), "a prompt or"),
+    (".1.1", (1, 1), "several")])
+def test_an_answer_is_what_is_labelled_up_to_its_first_end_token(labels, ends, right):
+    """A dot is a prompt's token, _ and 0 are padding. End tokens are the model's, the tokenizer's and the recipe's.
+    Eight tokens are equally likely: p is 8 to the minus number."""
     row = {"input_ids": [2] * 4, "labels": [-100 if label in "._" else int(label) for label in labels]}
     row["attention_mask"] = [int(label not in "_0") for label in labels]
+    of_model, of_tokenizer, *given = ends
     model = tiny_llama(8, initializer_range=1e-9, eos_token_id=of_model)
-    p = p_of(model, SimpleNamespace(eos_token_id=of_tokenizer), **row)
+    p = p_of(model, SimpleNamespace(eos_token_id=of_tokenizer), *given, **row)
     assert right in p if isinstance(right, str) else p == approx(8.0**-right)
 
 
@@ -100,7 +85,9 @@ def test_with_trls_templates_p_is_the_share_of_right_tries_or_is_refused(file):
     hidden = model.model(torch.tensor([ids])).last_hidden_state[0, start - 1:end]  # make the answer likely, not a \n
     model.lm_head.weight.data = 8 * (torch.linalg.pinv(hidden) @ torch.eye(len(tokenizer))[answer]).T
     p = p_of(model, tokenizer, input_ids=ids, labels=[-100] * start + ids[start:])
-    share = share_of_right_tries(model, ids[:start], answer, 1000)
+    how = {"do_sample": True, "top_k": 0, "max_new_tokens": len(answer), "num_return_sequences": 1000}
+    tries = model.generate(torch.tensor([ids[:start]]), attention_mask=torch.ones(1, start).long(), **how)
+    share = (tries[:, start:] == torch.tensor(answer)).all(dim=1).double().mean()
     assert share == approx(p, abs=5 * (p * (1 - p) / 1000)**0.5) and p > 0.1 and len(TEMPLATES) > 10
     labels = [token if is_on else -100 for token, is_on in zip(ids, is_labelled)]
     by_assistant = p_of(model, tokenizer, args={"assistant_only_loss": True}, input_ids=ids, labels=labels)
