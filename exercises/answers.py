@@ -18,7 +18,7 @@ def log_p_of(logits, labels):
 
 
 def limited_loss(log_p, N):
-    return -torch.log(pass_at_n(log_p.double().exp(), N)).mean()  # in float64 1 - p is not rounded to 1 so soon
+    return -torch.log(pass_at_n(log_p.double().exp(), N)).mean()  # float64: fewer digits of 1 - p are lost
 
 
 def overconfidence_factor(p, N):
