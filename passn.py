@@ -642,6 +642,8 @@ def configure(task, loss, **changes):
     """All settings of a run, with those changes that do something for this loss. Raises ValueError where one is bad."""
     changes = {name: value for name, value in changes.items() if loss in TASKS[task].only_for.get(name, LOSSES)}
     config = with_changes({"N": 64, "seed": 0} | SETTINGS | TASKS[task].settings, changes)
+    if not config["start"]:
+        config["start_epochs"] = SETTINGS["start_epochs"]  # they do nothing
     require(config["pass_over"] < 1, "pass_over must be below 1: F is never above it")
     require(config["start"] in ["", *TASKS], f"start: {config['start']} is no task")
     return config
@@ -676,7 +678,7 @@ def parse_arguments(argv):
         job = {"task": name, "loss": loss, "out": args.out, "device": args.device}
         jobs[seed, loss, N] = job | configure(name, loss, N=N, seed=seed, **changes)
     for name, value in changes.items():
-        require(any(job[name] == value for job in jobs.values()), f"{name} does nothing for these losses; leave it out")
+        require(any(job[name] == value for job in jobs.values()), f"{name} does nothing in these runs; leave it out")
     require(args.loss != ["ce"] or args.N == task.axes["N"], "N does nothing for cross-entropy; leave it out")
     return args, [*jobs.values()]
 

@@ -831,7 +831,8 @@ from 1: --N 0 | --epochs 0 | --seeds 0 | --seeds 99999999999 | --tries 0
 from 0: --weight-decay nan | --seed -1
 invalid choice: --loss x | --task x
 arguments. --n: --nonsense | --num-traces 8
-does nothing: --loss ce --pass-over 0.2 | --loss ce --N 8 | --frontier --loss ce | --task prove --loss ce --per-step
+does nothing: --loss ce --pass-over 0.2 | --loss ce --N 8 | --frontier --loss ce | --start-epochs 5
+does nothing: --task prove --loss ce --per-step
 below 1: --pass-over 1
 is no task: --start x
 --theory trains nothing: --theory --tries 8 | --theory --frontier | --theory --N 1 | --theory --task search
@@ -859,7 +860,7 @@ def test_every_setting_is_a_flag_with_its_comment_for_a_help(name, capsys):
     for setting, usual in settings.items():
         value = f"{usual / 2 or 0.5}" if isinstance(usual, float) else "" if usual is False else f"{usual}2"
         value = "search" if setting == "start" else value
-        options = f"--task {name} --loss ce limited reward --{setting.replace('_', '-')} {value}"
+        options = f"--task {name} --start cot --loss ce limited reward --{setting.replace('_', '-')} {value}"
         _, jobs = passn.parse_arguments(options.split())
         changed = {job[setting] for job in jobs} - {usual}
         assert [*map(type, changed)] == [type(usual)], setting
