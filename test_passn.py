@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from contextlib import suppress
 from decimal import Decimal, localcontext
 from fractions import Fraction
 from itertools import chain, combinations, islice, product
@@ -913,7 +914,8 @@ def programs(tmp_path_factory):
                                 start_new_session=True) for _ in range(2)]
     yield started
     for program in started:
-        program.kill()
+        with suppress(ProcessLookupError):  # it has ended, with all its workers
+            os.killpg(program.pid, signal.SIGKILL)
         program.communicate()
 
 
