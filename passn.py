@@ -641,9 +641,10 @@ OPTIONS = {  # of the command line, beside a task's settings
 def configure(task, loss, **changes):
     """All settings of a run, with those changes that do something for this loss. Raises ValueError where one is bad."""
     changes = {name: value for name, value in changes.items() if loss in TASKS[task].only_for.get(name, LOSSES)}
-    config = with_changes({"N": 64, "seed": 0} | SETTINGS | TASKS[task].settings, changes)
+    usual = {"N": 64, "seed": 0} | SETTINGS | TASKS[task].settings
+    config = with_changes(usual, changes)
     if not config["start"]:
-        config["start_epochs"] = SETTINGS["start_epochs"]  # they do nothing
+        config["start_epochs"] = usual["start_epochs"]  # they do nothing
     require(config["pass_over"] < 1, "pass_over must be below 1: F is never above it")
     require(config["start"] in ["", *TASKS], f"start: {config['start']} is no task")
     return config
