@@ -1,9 +1,10 @@
-"""The lesson: its checks against exact arithmetic, answers as students write them, and the notebook filled in."""
+"""The lesson: its checks against exact arithmetic, answers as students write them, the notebook filled in; and the page."""
 
 import json
 import linecache
 import math
 import re
+import runpy
 import sys
 import warnings
 from fractions import Fraction
@@ -16,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 from pytest import approx
+from torch.testing import assert_close
 
 import answers
 import check
@@ -26,7 +28,6 @@ sys.path.insert(0, str(HERE.parent))
 import passn
 
 plt.switch_backend("agg")
-P = 0.125, 0.5, 0.75
 
 
 def right(name, *args):
@@ -34,7 +35,7 @@ def right(name, *args):
 
 
 def test_pass_at_n_its_derivatives_and_its_estimate():
-    for p, N in product(map(Fraction, P), (1, 2, 5, 64)):
+    for p, N in product(map(Fraction, (0.125, 0.5, 0.75)), (1, 2, 5, 64)):
         fail = (1 - p) ** (N - 1)
         weight, solved = N * p * fail, 1 - (1 - p) * fail
         assert right("pass_at_n", float(p), N) == approx(float(solved))
@@ -46,23 +47,6 @@ def test_pass_at_n_its_derivatives_and_its_estimate():
     for n, N, p in CHECKS["advantages"][2]:
         others, gradient = check.mean_gradient(answers.advantages, n, N, p).values()
         assert others == 0 and gradient == approx(N * p * (1 - p) ** N)
-
-
-@pytest.mark.parametrize("name, args, of_p", [
-    ("limited_loss", [8], lambda p: -math.log(1 - (1 - p) ** 8)),
-    ("power_loss", [8, 0.5], lambda p: -2 * math.sqrt(1 - (1 - p) ** 8)),
-    ("hard_stop", [8, 2], lambda p: -math.log(p) if p < 0.25 else 0),
-    ("maxrl_loss", [3], lambda p: 1 - p + (1 - p) ** 2 / 2 + (1 - p) ** 3 / 3),
-    ("grpo_loss", [9], lambda p: 2 * math.acos(math.sqrt(p)) - math.pi)])
-def test_losses_are_means(name, args, of_p):
-    assert right(name, torch.tensor(P).log(), *args).item() == approx(sum(map(of_p, P)) / 3)
-
-
-def test_their_gradient_is_the_factor():
-    for name in ("limited_loss", "weighted_loss"):
-        log_p = torch.tensor(P).log().requires_grad_()
-        right(name, log_p, 8).backward()
-        assert (-3 * log_p.grad).tolist() == approx([right("overconfidence_factor", p, 8) for p in P], rel=1e-4)
 
 
 TYPED = r"""
@@ -157,3 +141,29 @@ def test_the_notebook_is_as_jupyter_saves_it_and_runs(tmp_path, monkeypatch, cap
     printed, errors = capsys.readouterr()
     assert errors == "" and num_figures == 9
     assert printed.count(": right\n") == 6 and printed.count("stands in") == 1 and "read from lesson_runs" in printed
+
+
+def test_the_page_does_what_passn_does(monkeypatch, capsys):
+    assert "passn" not in (HERE / "one_page.py").read_text(encoding="utf-8")
+    monkeypatch.setattr(sys, "argv", ["one_page.py", "--epochs", "5"])
+    page = runpy.run_path(str(HERE / "one_page.py"))
+    test, log_p_of_next = page["test"], torch.no_grad()(page["log_p_of_next"])
+    rows = torch.cat([page["train"], test]).tolist()
+    texts = ["".join("0123456789*="[token] for token in row) for row in rows]
+    assert all(eval(text[:5]) == int(text[6:]) for text in texts)
+    assert len({tuple(sorted(text[:5].split("*"))) for text in texts}) == 3000  # none twice, not even swapped
+    assert_close(log_p_of_next(test[:, :4]), log_p_of_next(test)[:, :4])  # no place looks ahead
+    p, confidence, own = 1.0, 1.0, test[:, :6]
+    for i in range(6, 10):
+        p = p * log_p_of_next(test)[range(1000), i - 1, test[:, i]].exp()
+        chance, digit = log_p_of_next(own)[:, -1].exp().max(dim=1)
+        confidence, own = confidence * chance, torch.cat([own, digit[:, None]], dim=1)
+    values = p.mean(), passn.pass_at_n(p, 64).mean(), confidence.mean()
+    assert capsys.readouterr().out == "epoch 5 pass@1 %.3f pass@64 %.3f confidence %.3f\n" % values
+    assert values[1] > 0.1 and page["loss_of"] is page["limited"]
+    log_p = torch.tensor([-60.0, -10.0, -3.0, -0.1, 0.0], requires_grad=True)
+    assert_close(page["pass_at_n"](log_p.exp().double(), 64), passn.pass_at_n(log_p.exp(), 64))
+    for loss, N in ("cross_entropy", 1), ("limited", 8), ("limited", 64):
+        ours, right = page[loss](log_p, N).float(), passn.dco_loss(log_p, N).mean()
+        assert_close(ours, right)
+        assert_close(*(torch.autograd.grad(one, log_p)[0] for one in (ours, right)))
