@@ -1,4 +1,4 @@
-"""The lesson: its checks against exact arithmetic, answers as students write them, the notebook filled in; and the page."""
+"""The lesson: its checks against exact arithmetic, what students type, the notebook filled in; and the one page."""
 
 import json
 import linecache

@@ -33,9 +33,9 @@ def tiny():
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A folder of runs, and of MATH: the answer 0 is frequent in training, 1 less so, and 5 rare."""
+    """A folder of runs, and of MATH: in training the answer 0 is often seen, 1 less often, and 5 rarely."""
     folder = tmp_path_factory.mktemp("runs")
-    for split, numbers in (("train", [0] * 31 + [1] * 6 + [5] * 3), ("test", [0, 1, 5] * 7)):
+    for split, numbers in (("train", [0] * 31 + [1] * 30 + [5] * 5), ("test", [0, 1, 5] * 7)):
         lines = [json.dumps({"problem": f"{split} {i}", "solution": f"\\boxed{{{n}}}"}) for i, n in enumerate(numbers)]
         (folder / f"{split}.jsonl").write_text("\n".join(lines))
     return folder
@@ -88,7 +88,7 @@ def test_tables_and_figure_of_runs_by_hand(folder, capsys, monkeypatch):
     assert sixth["root, passing over minus not"] == same([at(0.012, n) - at(0.014, n) for n in (1, 8, 64)])
     assert seventh["multiply"] == same([at(0.0015) / 2 + 0.5, at(0.006), at(0.01)])
     assert np.max([line.get_ydata() for line in drawn[1].lines], axis=0) == pytest.approx(1)
-    assert [line.get_markevery() for line in drawn[1].lines] == [[0], [3], [6], [9]]
+    assert [line.get_markevery() for line in drawn[1].lines] == [[0], [3], [6], [9]] and "3 ep" in drawn[1].get_title()
     assert eleventh["after imitation"] == same([0.004, at(0.004), at(0.012), 0.002])
     assert eleventh["after imitation, N=1"] == same([at(0.001) / 2 + 0.5, at(0.002) / 2 + 0.5, 0, 0])
 
@@ -133,7 +133,7 @@ def test_which_answers_win_on_math(folder, capsys):
     passn.main(["--task", "math", "--seed", "10", "--out", str(folder), *where])
     capsys.readouterr()
     rows = solve("14", folder, capsys, *where)
-    best = passn.pass_at_n(passn.optimal_policy([31, 6, 3], 64), 64).tolist()
+    best = passn.pass_at_n(passn.optimal_policy([31, 30, 5], 64), 64).tolist()
     assert rows["best of the blind"] == pytest.approx([np.mean(best), *best[::-1]], abs=1e-3)
     run = json.loads((folder / "math-cross-entropy-seed10.json").read_text())
     assert rows["math cross-entropy, best epoch"][0] == pytest.approx(max(passn.pass_at(run, 64)[:, 0]), abs=1e-3)
