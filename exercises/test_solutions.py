@@ -55,11 +55,12 @@ def solve(number, folder, capsys, *flags):
 
 @pytest.mark.parametrize("number", [number for number in NUMBERS if number != "14"])
 def test_what_is_there_is_not_trained_again_and_the_rows_are_those_of_the_readme(number, folder, capsys, monkeypatch):
-    rows, printed = solve(number, folder, capsys), table(re.search(rf"### {number}\. .*?```\n(.*?)```", README, re.S)[1])
-    mine, theirs = ({re.sub(r"epochs?\W\d+", "", label) for label in labels} for labels in (rows, printed))
-    assert mine == theirs and {*map(len, rows.values())} <= {1, 2, 3, 4}
+    rows = solve(number, folder, capsys, "--math-dir", str(folder))
+    printed = table(re.search(rf"### {number}\. .*?```\n(.*?)```", README, re.S)[1])
+    ours, theirs = ([re.sub(r"epochs?\W\d+", "", label) for label in labels] for labels in (rows, printed))
+    assert [*dict.fromkeys(ours)] == [*dict.fromkeys(theirs)] and {*map(len, rows.values())} <= {1, 2, 3, 4}
     monkeypatch.delattr(passn, "train")
-    assert solve(number, folder, capsys) == rows
+    assert solve(number, folder, capsys, "--math-dir", str(folder)) == rows
 
 
 def by_hand(args, loss, N=64, task="multiply", with_training=False, **changes):
@@ -128,14 +129,14 @@ def test_quarters_and_all_training_problems(folder, capsys):
     assert [len(history[0]["all_train_p"]) for history in histories] == [6, 6]
 
 
-def test_which_answers_win_on_math(folder, capsys):
+def test_which_answers_win_on_math(folder, tmp_path, capsys):
     where = ["--math-dir", str(folder)]
-    passn.main(["--task", "math", "--seed", "10", "--out", str(folder), *where])
+    passn.main(["--task", "math", "--seed", "10", "--out", str(tmp_path), *where])
     capsys.readouterr()
-    rows = solve("14", folder, capsys, *where)
+    rows = solve("14", tmp_path, capsys, *where)
     best = passn.pass_at_n(passn.optimal_policy([31, 30, 5], 64), 64).tolist()
     assert rows["best of the blind"] == pytest.approx([np.mean(best), *best[::-1]], abs=1e-3)
-    run = json.loads((folder / "math-cross-entropy-seed10.json").read_text())
+    run = json.loads((tmp_path / "math-cross-entropy-seed10.json").read_text())
     assert rows["math cross-entropy, best epoch"][0] == pytest.approx(max(passn.pass_at(run, 64)[:, 0]), abs=1e-3)
     best, end = rows["math cross-entropy, best epoch"][0], rows["math limited N=64"][0]
     assert rows["minus cross-entropy's best epoch"][0] == pytest.approx(end - best, abs=2e-3)
