@@ -194,10 +194,6 @@ FLOAT64 = "1 - p is rounded to 1 in float32: begin with log_p.double(), which is
 MANY_SETS = 66, 1, 64  # of C(66, 64) = 2,145 sets
 
 
-def solved(log_p, N):
-    return pass_at_n(log_p.exp(), N)
-
-
 CHECKS["pass_at_n"] = (
     "p, N", "pass_at_n(p, N)",
     [(0.3, 1), (0.3, 2), (0.05, 8), (0.01, 64), (PICK.random(), 3), (0.0, 8), (1.0, 8), (MIXED, 4)],
@@ -244,9 +240,9 @@ def mean_loss(arguments, each, others, mistakes):
 
 
 CHECKS["limited_loss"] = mean_loss(
-    ", N", "-torch.log(solved(log_p, N))", [(1,), (2,), (8,), (64,)],
-    {"-torch.log(solved(log_p, N).mean())": "Take the mean after the logarithm, not before",
-     "-solved(log_p, N).mean()": "This is minus the mean of pass@N. The logarithm is missing",
+    ", N", "-torch.log(pass_at_n(log_p.exp(), N))", [(1,), (2,), (8,), (64,)],
+    {"-torch.log(pass_at_n(log_p.exp(), N).mean())": "Take the mean after the logarithm, not before",
+     "-pass_at_n(log_p.exp(), N).mean()": "This is minus the mean of pass@N. The logarithm is missing",
      "-(N * torch.log(1 - log_p.exp())).mean()": "(1 - p)^N is that all N fail. pass@N is one minus that",
      "-torch.log(pass_at_n(log_p, N)).mean()": "This takes log p for p: p = log_p.exp() first",
      "-(N * log_p).mean()": "This asks that all N tries be right. One is enough"})
@@ -268,7 +264,7 @@ CHECKS["overconfidence_factor"] = (
 CHECKS["weighted_loss"] = mean_loss(
     ", N", "-factor(log_p.exp(), N).detach() * log_p", [(1,), (2,), (8,), (64,)],
     {"-(factor(log_p.exp(), N) * log_p).mean()": "The gradient goes through F, too. A mere weight is detached",
-     "-torch.log(solved(log_p, N)).mean()": "This is limited_loss itself. Write cross-entropy, with F as a weight"})
+     "-torch.log(pass_at_n(log_p.exp(), N)).mean()": "This is limited_loss. Write cross-entropy, with F as a weight"})
 EDGES["weighted_loss"] = (TINY, 8), FLOAT64
 
 CHECKS["reward_weight"] = (
@@ -333,8 +329,8 @@ CHECKS["hard_stop"] = mean_loss(
         "This is the mean over those that pull. Take it over the batch, or the last one left pulls as hard as all"})
 
 CHECKS["power_loss"] = mean_loss(
-    ", N, power", "-solved(log_p, N) ** power / power", [(1, 1), (1, 0.5), (8, 0.5), (64, 0.25)],
-    {"-(solved(log_p, N) ** power).mean()": "Divide by the power"})
+    ", N, power", "-pass_at_n(log_p.exp(), N) ** power / power", [(1, 1), (1, 0.5), (8, 0.5), (64, 0.25)],
+    {"-(pass_at_n(log_p.exp(), N) ** power).mean()": "Divide by the power"})
 EDGES["power_loss"] = (TINY, 8, 0.5), FLOAT64
 
 CHECKS["maxrl_loss"] = mean_loss(

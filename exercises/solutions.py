@@ -262,6 +262,7 @@ def main(argv=None):
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
     try:
+        passn.require(args.seeds > 0, "--seeds is from 1 on")
         args.mine = runpy.run_path(args.mine) if args.mine else {}
         args.write = vars(answers) | args.mine
         args.seeds = range(10, 10 + args.seeds)
@@ -269,8 +270,10 @@ def main(argv=None):
     except KeyboardInterrupt:
         print("\nsolutions.py: interrupted; the runs that were finished are kept", file=sys.stderr)
         sys.exit(130)
-    except (OSError, ValueError, FloatingPointError) as error:
-        fail(error)
+    except Exception as error:
+        if not args.mine and not isinstance(error, (OSError, ValueError, FloatingPointError)):
+            raise  # a fault of this program
+        fail(f"{type(error).__name__}: {error}")
 
 
 if __name__ == "__main__":

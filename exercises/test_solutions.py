@@ -155,10 +155,12 @@ def test_students_functions_are_used_and_their_runs_kept_apart(tmp_path, folder,
 
 @pytest.mark.parametrize("arguments, status, hint", [
     ("99", 2, "choose"), ("", 2, "exercise"), ("8 --mine no.py", 2, "no.py"), ("1 --o x", 2, "--o"),
-    ("14 --math-dir no", 2, "no MATH problems in no"), ("1", 130, "are kept")])
+    ("8 --mine bad.py", 2, "SyntaxError: "), ("14 --math-dir no", 2, "no MATH problems in no"),
+    ("1 --seeds 0", 2, "from 1 on"), ("1", 130, "are kept")])
 def test_bad_arguments_and_ctrl_c_get_one_line(arguments, status, hint, tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(solutions.SOLUTIONS, "1", Mock(side_effect=KeyboardInterrupt))
     monkeypatch.chdir(tmp_path)
+    Path("bad.py").write_text("x = (")
     with pytest.raises(SystemExit, match=str(status)):
         solutions.main(arguments.split())
     error = capsys.readouterr().err.strip()
