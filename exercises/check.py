@@ -139,7 +139,7 @@ def call(f, name, args):
     words = called(name, args)
     try:
         value = f(*(arg.clone() if torch.is_tensor(arg) else arg for arg in args))
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         file = getattr(getattr(f, "__code__", None), "co_filename", "")
         raise Wrong(f"{words} fails, {explain(error, file)}") from None
     if value is None or value is ...:

@@ -4,7 +4,7 @@
     python exercises/solutions.py 8 --mine my_file.py --seeds 3
 
 With --mine, functions that you wrote take the place of those in answers.py. Runs are read from the folder --out, and
-new ones are saved there: a run that is there is not trained again."""
+new ones are saved there: a run that is there is not trained again, but with a function of yours it is."""
 
 import argparse
 import runpy
@@ -51,7 +51,7 @@ def runs(args, loss, N=64, task="multiply", with_training=False, **changes):
     config, row = passn.configure(task, loss, N=N, **changes), {}
     for run in sum(passn.load_runs(args.out, task, args.seeds), []):
         is_same = (run["loss"], run["N"]) == (loss, N) and run["config"].items() <= config.items()
-        if is_same and (not with_training or "all_train_p" in run["history"][0]):
+        if is_same and not loss.startswith("my-") and (not with_training or "all_train_p" in run["history"][0]):
             row[run["seed"]] = run
     passn.evaluate = evaluate_training if with_training else measure_all
     for seed in args.seeds:
@@ -263,6 +263,7 @@ def main(argv=None):
     torch.set_num_threads(1)
     try:
         passn.require(args.seeds > 0, "--seeds is from 1 on")
+        sys.path.insert(0, str(Path(args.mine).parent))  # where your file may import from
         args.mine = runpy.run_path(args.mine) if args.mine else {}
         args.write = vars(answers) | args.mine
         args.seeds = range(10, 10 + args.seeds)
